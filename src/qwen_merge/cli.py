@@ -1,0 +1,50 @@
+"""`qwen-merge <step>`: one command for each step of the picture, in its order.
+
+Each step's options live beside its code, in a `command.py` that imports nothing heavy at its top, so that
+`qwen-merge --help` answers in a fraction of a second. The libraries' own commands (`llamafactory-cli train`,
+`vllm serve`, ...) stay what users type; this one adds what they lack.
+"""
+
+import argparse
+import importlib
+import sys
+
+from qwen_merge import __version__
+from qwen_merge.errors import UserError
+
+# In the order of use. Each module has `add_parsers(subparsers)`; each parser sets `run`, a function of the arguments.
+COMMAND_MODULES = (
+    "qwen_merge.merger.command",
+    "qwen_merge.overlays.command",
+    "qwen_merge.demo.command",
+    "qwen_merge.bench.command",
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qwen-merge",
+        description="Graft the vision encoder of Qwen2.5-VL onto Qwen3 and train the result.",
+    )
+    parser.add_argument("--version", action="version", version=f"qwen-merge {__version__}")
+    subparsers = parser.add_subparsers(dest="step", metavar="STEP", required=True)
+    for name in COMMAND_MODULES:
+        importlib.import_module(name).add_parsers(subparsers)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one step and return its exit code: 0 done, 1 a check failed, 2 the user can mend it."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        return arguments.run(arguments) or 0
+    except UserError as error:
+        print(f"qwen-merge {arguments.step}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"qwen-merge {arguments.step}: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
