@@ -1,0 +1,36 @@
+"""Shared by all tests: puts tests/ on the path (pytest does so for a conftest's folder), and the checkpoints that are
+made once a session. They are made by the real merger, so that what follows is tested on what users get.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+class Sources:
+    """The folders of one tiny merge, in float32 so that parity can be exact."""
+
+    def __init__(self, folder: Path, tied: bool):
+        from checkpoints import make_llm, make_vlm
+        from qwen_merge.merger.merge import MergeOptions, merge
+
+        self.vlm = make_vlm(folder / "vlm", dtype="float32")
+        self.llm = make_llm(folder / "llm", tied=tied, dtype="float32")
+        self.merged = folder / "merged"
+        merge(MergeOptions(vlm=str(self.vlm), llm=str(self.llm), output=self.merged))
+
+
+@pytest.fixture(scope="session")
+def tied(tmp_path_factory) -> Sources:
+    """As Qwen3-4B: the head is the embedding."""
+    return Sources(tmp_path_factory.mktemp("tied"), tied=True)
+
+
+@pytest.fixture(scope="session")
+def untied(tmp_path_factory) -> Sources:
+    """As Qwen3-8B: a head of its own."""
+    return Sources(tmp_path_factory.mktemp("untied"), tied=False)
