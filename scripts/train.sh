@@ -1,0 +1,138 @@
+#!/usr/bin/env bash
+# Trains one stage, or all four in order, with the recipes of examples/train_qwen_merge.
+#
+#   scripts/train.sh 4B 1                          one stage: 1, 2.1, 2.2 or 3
+#   scripts/train.sh 4B all                        every stage that is not finished, in order
+#   scripts/train.sh 8B 3 learning_rate=2.0e-5     key=value changes a value of the recipe
+#   REPORT_TO=none scripts/train.sh 4B 1           wandb (the recipes' choice), tensorboard or none
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 MASTER_PORT=29500 scripts/train.sh 4B 1     and NODE_RANK=1 on the other
+#
+# NPROC_PER_NODE limits the GPUs of a node. After a kill, launch the same command again: a stage goes on from its
+# newest checkpoint, and a finished stage is left alone. Nothing is ever deleted.
+set -euo pipefail
+unset CDPATH
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
+
+say() { printf 'train: %s\n' "$*" >&2; }
+die() { say "$@"; exit 2; }
+
+usage="usage: scripts/train.sh <4B|8B> <1|2.1|2.2|3|all> [key=value ...]"
+[ $# -ge 2 ] || die "$usage"
+size=$1 stage=$2
+shift 2
+case $size in 4B | 8B) ;; *) die "the size is '$size', not 4B or 8B. $usage" ;; esac
+case $stage in 1 | 2.1 | 2.2 | 3 | all) ;; *) die "the stage is '$stage', not 1, 2.1, 2.2, 3 or all. $usage" ;; esac
+
+overrides=()
+if [ -n "${REPORT_TO:-}" ]; then
+  case $REPORT_TO in wandb | tensorboard | none) ;; *) die "REPORT_TO=$REPORT_TO is not wandb, tensorboard or none." ;; esac
+  overrides+=("report_to=$REPORT_TO")
+fi
+for argument; do
+  [[ $argument =~ ^[A-Za-z_][A-Za-z0-9_.]*= ]] || die "'$argument' is not key=value. $usage"
+  # LLaMA-Factory builds torchrun's command line by splitting at blanks.
+  [[ $argument =~ [[:space:]] ]] && die "'$argument' has a blank in it, which LLaMA-Factory would split at."
+  if [ "$stage" = all ]; then
+    case ${argument%%=*} in
+      model_name_or_path | output_dir | run_name | dataset | template | tokenized_path)
+        die "'${argument%%=*}' differs from stage to stage; give it to one stage instead of 'all'." ;;
+    esac
+  fi
+  overrides+=("$argument")
+done
+
+if [ "${NNODES:-1}" != 1 ]; then
+  missing=()
+  for name in NODE_RANK MASTER_ADDR MASTER_PORT; do [ -n "${!name:-}" ] || missing+=("$name"); done
+  # Without a port each node would choose one of its own and wait there for the others.
+  [ ${#missing[@]} = 0 ] || die "NNODES=$NNODES also needs ${missing[*]}, the same address and port on every node."
+fi
+
+[[ $PWD =~ [[:space:]] ]] && die "the path '$PWD' has a blank in it, which LLaMA-Factory would split at. Move the checkout."
+[ -x .venv/bin/llamafactory-cli ] || die "there is no LLaMA-Factory in .venv; run scripts/env.sh first."
+export PATH="$PWD/.venv/bin:$PATH"                       # llamafactory-cli starts torchrun by name
+export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
+export FORCE_TORCHRUN=1                                  # DeepSpeed needs torchrun with a single GPU, too
+if [ -z "${NPROC_PER_NODE:-}" ] && ! nvidia-smi -L >/dev/null 2>&1; then
+  say "no NVIDIA GPU seen: starting one process; a CPU also needs use_cpu=true bf16=false deepspeed=null"
+  export NPROC_PER_NODE=1
+fi
+
+# value KEY RECIPE: what the run will use; the last key=value wins over the recipe.
+value() {
+  local found argument
+  found=$(sed -n "s/^$1: *//p" "$2")
+  for argument in "${overrides[@]+"${overrides[@]}"}"; do [[ $argument == "$1="* ]] && found=${argument#*=}; done
+  printf '%s\n' "$found"
+}
+
+# Weights are written after config.json, an index after its shards, so together they mean a whole model.
+has_model() { [ -f "$1/config.json" ] && { [ -f "$1/model.safetensors" ] || [ -f "$1/model.safetensors.index.json" ]; }; }
+
+made_by() {
+  case $1 in
+    1) echo "python3 src/model_merge/model_merger.py --vlm-path Qwen/Qwen2.5-VL-72B-Instruct --llm-path Qwen/Qwen3-$size" \
+      "--output-path $2" ;;
+    2.1) echo "scripts/train.sh $size 1" ;;
+    2.2) echo "scripts/train.sh $size 2.1" ;;
+    3) echo "scripts/train.sh $size 2.2" ;;
+  esac
+}
+
+# The trainer writes trainer_state.json last. A checkpoint without it was cut short, and LLaMA-Factory, which takes the
+# newest, would stop at it on every launch.
+set_aside_half_checkpoints() {
+  local newest aside
+  # One node does it, and before any process of the run has started: torchrun waits for the other nodes.
+  [ -d "$1" ] && [ "${NODE_RANK:-0}" = 0 ] || return 0
+  while newest=$(find "$1" -maxdepth 1 -type d -name 'checkpoint-*' | sort -V | tail -n 1)
+    [ -n "$newest" ] && [ ! -s "$newest/trainer_state.json" ]; do
+    aside=$1/incomplete-$(basename "$newest").$(date +%s)
+    say "$newest was cut short while it was written; it is now $aside"
+    mv "$newest" "$aside"
+  done
+}
+
+# One training an output folder: the lock is the folder's own, and the trainer inherits it, so that it holds as long as
+# the trainer lives, even without this script.
+lock() {
+  [ "${NODE_RANK:-0}" = 0 ] || return 0
+  mkdir -p "$1"
+  exec 8<"$1"
+  flock -n 8 || die "another training writes to $1. Wait for it, or stop it."
+}
+
+# Runs a command in a session of its own and hands on SIGTERM, SIGINT and SIGHUP to all of it: llamafactory-cli itself
+# would leave torchrun and its workers behind.
+run() {
+  local status=0
+  setsid "$@" &
+  local child=$!
+  trap 'kill -TERM -- "-$child" 2>/dev/null || true' TERM INT HUP
+  while :; do
+    status=0
+    wait "$child" || status=$?
+    kill -0 "$child" 2>/dev/null || break   # a signal ends `wait` before the child has ended
+  done
+  trap - TERM INT HUP
+  return "$status"
+}
+
+# train STAGE
+train() {
+  local recipe=examples/train_qwen_merge/train_qwen_merge_vl_${size}_stage$1.yaml model output
+  model=$(value model_name_or_path "$recipe")
+  output=$(value output_dir "$recipe")
+  if [ -f "$output/train_results.json" ] && has_model "$output"; then
+    say "stage $1 is finished: $output (to train it again: output_dir=<another folder>)"
+    return
+  fi
+  has_model "$model" || die "stage $1 starts from '$model', which holds no model. Make it with: $(made_by "$1" "$model")"
+  lock "$output"
+  set_aside_half_checkpoints "$output"
+  say "stage $1: $model -> $output"
+  run llamafactory-cli train "$recipe" "${overrides[@]+"${overrides[@]}"}"
+}
+
+case $stage in all) stages="1 2.1 2.2 3" ;; *) stages=$stage ;; esac
+for each in $stages; do train "$each"; done
