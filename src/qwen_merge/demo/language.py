@@ -1,0 +1,125 @@
+"""How the tiny world is spoken of: captions, questions, answers and thoughts, and notes that tell a scene in words.
+
+One grammar serves all: the text model is taught with notes in a picture's place, the vision tower with captions, the
+four stages with pictures. So a picture can take a note's place, which is what the graft is about.
+"""
+
+import random
+from dataclasses import dataclass
+
+from qwen_merge.demo.world import COLOURS, COUNTS, SHAPES, WORDS, Scene
+
+CAPTION_REQUESTS = ("Describe the picture.", "What is in this picture?", "Give a caption.")
+OCR_REQUEST = {"en": "Read the text in the picture.", "zh": "请识别图中的文字。"}
+READING_REQUEST = "Please answer the question in the picture."
+NO_THINKING = " /no_think"
+PLACES = 9  # as many as a picture has tokens
+QUESTIONS = {
+    "colour": ("What colour is it?", "Name the colour."),
+    "shape": ("What shape is it?", "Name the shape."),
+    "count": ("How many are there?", "Count them."),
+    "number": ("What number is written?", "Read the number."),
+    "word": ("What word is written?", "Read the word."),
+    "sum": (READING_REQUEST,),
+}
+TOPICS = {
+    "shape": ("colour", "shape"),
+    "count": ("count", "colour", "shape"),
+    "number": ("number",),
+    "word": ("word",),
+    "sum": ("sum",),
+}
+CHANCE = {
+    "colour": 1 / len(COLOURS),
+    "shape": 1 / len(SHAPES),
+    "count": 1 / len(COUNTS),
+    "number": 1 / 900,
+    "word": 1 / len(WORDS),
+    "sum": 1 / 17,
+}
+VALUES = {
+    "colour": tuple(COLOURS),
+    "shape": SHAPES,
+    "count": tuple(COUNTS.values()),
+    "word": WORDS,
+}
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One question about a scene, with the thought that leads to its answer."""
+
+    topic: str
+    question: str
+    thought: str
+    answer: str
+
+    @property
+    def thinking_answer(self) -> str:
+        """As Qwen3 writes it; LLaMA-Factory's template looks for these tags."""
+        return f"<think>\n{self.thought}\n</think>\n\n{self.answer}"
+
+
+def plural(shape: str) -> str:
+    return {"cross": "crosses"}.get(shape, f"{shape}s")
+
+
+def caption(scene: Scene) -> str:
+    if scene.kind == "number":
+        return f"the number {scene.text}"
+    if scene.kind == "word":
+        return f"the word {scene.text}"
+    if scene.kind == "sum":
+        return f"the sum {scene.text}"
+    return f"{COUNTS[scene.count]} {scene.colour} {scene.shape if scene.count == 1 else plural(scene.shape)}"
+
+
+def answer(scene: Scene, topic: str) -> str:
+    if topic == "colour":
+        return scene.colour
+    if topic == "shape":
+        return scene.shape
+    if topic == "count":
+        return COUNTS[scene.count]
+    if topic == "sum":
+        return str(sum(int(term) for term in scene.text.split("+")))
+    return scene.text
+
+
+def exchange(scene: Scene, topic: str, pick: random.Random) -> Exchange:
+    """A question about `topic` in one of its wordings, the answer, and the thought that leads from one to the other."""
+    reply = answer(scene, topic)
+    if topic == "sum":
+        thought = f"The picture asks {scene.text}. {scene.text}={reply}."
+    else:
+        thought = f"I see {caption(scene)}. The {topic} is {reply}."
+    return Exchange(topic, pick.choice(QUESTIONS[topic]), thought, reply)
+
+
+def note(scene: Scene, pick: random.Random) -> str:
+    """The scene's facts in loose words on nine places: what the text model gets where later a picture stands.
+
+    The order of a shape's facts is free, because the nine places of a picture tell them in no fixed order either;
+    characters keep theirs.
+    """
+    facts = list(scene.text) or [COUNTS[scene.count], scene.colour, scene.shape]
+    if not scene.text:
+        pick.shuffle(facts)
+    places = ["-"] * PLACES
+    for place, fact in zip(sorted(pick.sample(range(PLACES), len(facts))), facts, strict=True):
+        places[place] = fact
+    return " ".join(places)
+
+
+def corpus(seed: int = 0) -> list[str]:
+    """Sentences that hold every word of the world: what the tokenizer learns its merges from."""
+    from qwen_merge.demo.world import KINDS, Stream
+
+    stream, lines = Stream("tokenizer", seed), []
+    for index in range(600):
+        scene = stream.scene(KINDS[index % len(KINDS)])
+        lines += [caption(scene), *CAPTION_REQUESTS, *OCR_REQUEST.values(), note(scene, stream.random)]
+        for topic in TOPICS[scene.kind]:
+            spoken = exchange(scene, topic, stream.random)
+            lines += [spoken.question + NO_THINKING, spoken.thinking_answer]
+    return lines
