@@ -1,0 +1,46 @@
+"""`qwen-merge bench`: the measurements. Imports nothing heavy at its top."""
+
+import argparse
+from pathlib import Path
+
+
+def add_parsers(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser("bench", help="measure what the kit says about its speed and memory")
+    benches = parser.add_subparsers(dest="bench", metavar="BENCH", required=True)
+
+    merge = benches.add_parser(
+        "merge",
+        help="the merger against loading both models, and against a plain copy",
+        description="Makes synthetic checkpoints of the real architectures, merges them in processes of their own and "
+        "compares wall time, peak memory and bytes with `from_pretrained` + `save_pretrained` and with `cp`.",
+    )
+    merge.add_argument("--vlm-gb", type=float, default=3.0, help="size of the VLM (default: %(default)s)")
+    merge.add_argument("--llm-gb", type=float, default=1.0, help="size of the LLM (default: %(default)s)")
+    merge.add_argument("--repeats", type=int, default=3, help="rounds; the median is reported (default: %(default)s)")
+    merge.add_argument(
+        "--real-size",
+        action="store_true",
+        help="a Qwen3-4B-shaped LLM and a 72B-shaped VLM of which only the index and the files with visual.* exist; "
+        "needs 32 GB of disk; no baseline, which would need some 290 GB of memory",
+    )
+    merge.add_argument(
+        "--work-dir", type=Path, help="where the files go, removed afterwards (default: a temporary one)"
+    )
+    merge.add_argument("--json", type=Path, help="also write the figures to this file")
+    merge.set_defaults(run=_run_merge)
+
+    importing = benches.add_parser("import-time", help="wall time of `qwen-merge --help`, and what it imports")
+    importing.add_argument("--repeats", type=int, default=7, help="runs; the median is reported (default: %(default)s)")
+    importing.set_defaults(run=_run_import_time)
+
+
+def _run_merge(arguments: argparse.Namespace) -> int:
+    from qwen_merge.bench.merge import run
+
+    return run(arguments)
+
+
+def _run_import_time(arguments: argparse.Namespace) -> int:
+    from qwen_merge.bench.import_time import run
+
+    return run(arguments)
