@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# All checks: style, types, tests. Makes .venv first when it is missing.
+#
+#   ./scripts/test.sh                      everything that needs no GPU (about 25 minutes on 2 cores)
+#   ./scripts/test.sh -m 'not slow'        without the tests that start real trainers
+#   ./scripts/test.sh tests/unit -k merger any other arguments of pytest
+set -euo pipefail
+unset CDPATH
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
+./scripts/env.sh
+export PATH="$PWD/.venv/bin:$PATH" PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
+ruff check .
+ruff format --check .
+mypy
+for script in scripts/*.sh; do bash -n "$script"; done
+[ $# -gt 0 ] || set -- -m "not gpu" --durations=15
+exec python -m pytest "$@"
