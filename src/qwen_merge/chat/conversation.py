@@ -1,0 +1,201 @@
+"""Messages with pictures, and the two places that answer them: a checkpoint in this process, or a server."""
+
+import base64
+import json
+import mimetypes
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+
+from qwen_merge.errors import UserError
+
+OPEN, CLOSE = "<think>", "</think>"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to answer. Temperature 0 is greedy; the defaults of the command are Qwen3's for thinking."""
+
+    max_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    thinking: bool
+    thinking_budget: int | None = None
+
+
+def opening(system: str | None) -> list[dict]:
+    return [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
+
+
+def question(text: str, images: Sequence[Path] = (), videos: Sequence[Path] = ()) -> dict:
+    """A user's turn, pictures first, as the training data has them."""
+    return {
+        "role": "user",
+        "content": [
+            *({"type": "image", "image": str(path)} for path in images),
+            *({"type": "video", "video": str(path)} for path in videos),
+            {"type": "text", "text": text},
+        ],
+    }
+
+
+class ThoughtSplitter:
+    """Tells a thought from an answer in a text that comes in pieces and may begin with <think>.
+
+    A tag may be cut anywhere: what could still become one is held back until the next piece.
+    """
+
+    def __init__(self) -> None:
+        self.kind = "start"
+        self.held = ""
+
+    def feed(self, text: str) -> list[tuple[str, str]]:
+        """The ("thought" | "answer", text) pieces that are certain now."""
+        pieces = []
+        self.held += text
+        if self.kind == "start":
+            stripped = self.held.lstrip()
+            if len(stripped) < len(OPEN) and OPEN.startswith(stripped):
+                return []
+            self.kind = "thought" if stripped.startswith(OPEN) else "answer"
+            self.held = stripped.removeprefix(OPEN)
+        if self.kind == "thought":
+            thought, closed, rest = self.held.partition(CLOSE)
+            if closed:
+                self.kind, self.held = "answer", rest
+            else:
+                keep = next((n for n in range(len(CLOSE) - 1, 0, -1) if thought.endswith(CLOSE[:n])), 0)
+                thought, self.held = thought[: len(thought) - keep], thought[len(thought) - keep :]
+            pieces.append(("thought", thought))
+        if self.kind == "answer":
+            pieces.append(("answer", self.held))
+            self.held = ""
+        return [(kind, piece) for kind, piece in pieces if piece]
+
+    def flush(self) -> list[tuple[str, str]]:
+        """What was held back, when no more comes."""
+        return [("thought" if self.kind == "thought" else "answer", self.held)] if self.held else []
+
+
+class InProcess:
+    """A checkpoint, loaded with transformers; on a GPU when there is one."""
+
+    def __init__(self, folder: Path, settings: Settings):
+        config = folder / "config.json"
+        if not config.is_file():
+            raise UserError(f"{folder} is not a checkpoint: it has no config.json.\nGive the output folder of a stage.")
+        model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+        if model_type != "qwen2_5_vl_merge":
+            raise UserError(f"{folder} is a {model_type} checkpoint; expected model_type qwen2_5_vl_merge.")
+        import torch
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+        from transformers.utils import logging
+
+        from qwen_merge.architecture import register
+
+        register()
+        logging.set_verbosity_error()
+        self.settings = settings
+        self.processor = AutoProcessor.from_pretrained(folder)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = AutoModelForImageTextToText.from_pretrained(folder, torch_dtype="auto").to(device).eval()
+
+    def answer(self, messages: list[dict]) -> Iterator[tuple[str, str]]:
+        import torch
+        from qwen_vl_utils import process_vision_info
+        from transformers import TextIteratorStreamer
+
+        text = self.processor.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=self.settings.thinking
+        )
+        images, videos = process_vision_info(messages)
+        inputs = self.processor(text=[text], images=images, videos=videos, return_tensors="pt").to(self.model.device)
+        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        greedy = self.settings.temperature == 0
+        sampling = {
+            "do_sample": not greedy,
+            "temperature": None if greedy else self.settings.temperature,
+            "top_p": None if greedy else self.settings.top_p,
+            "top_k": None if greedy else self.settings.top_k,
+        }
+        torch.manual_seed(self.settings.seed)
+        failures: list[BaseException] = []
+
+        def generate() -> None:
+            try:
+                self.model.generate(**inputs, **sampling, max_new_tokens=self.settings.max_tokens, streamer=streamer)
+            except BaseException as error:  # handed over to the thread that waits for text
+                failures.append(error)
+                streamer.end()
+
+        thread = Thread(target=generate, daemon=True)
+        thread.start()
+        splitter = ThoughtSplitter()
+        for piece in streamer:
+            yield from splitter.feed(piece)
+        yield from splitter.flush()
+        thread.join()
+        if failures:
+            raise failures[0]
+
+
+class Endpoint:
+    """An OpenAI-compatible server. Thoughts come in `reasoning_content`, or in the text when it splits nothing."""
+
+    def __init__(self, url: str, model: str | None, settings: Settings):
+        import openai
+
+        self.settings = settings
+        # A local server asks for no key; the real one comes from OPENAI_API_KEY as usual.
+        self.client = openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=1)
+        try:
+            self.model = model or self.client.models.list().data[0].id
+        except (openai.OpenAIError, IndexError) as error:
+            raise UserError(
+                f"no model found at {url}: {error}\nStart a server with ./scripts/serve.sh MODEL_DIR; --endpoint is "
+                "its address with /v1 at the end."
+            ) from error
+
+    def answer(self, messages: list[dict]) -> Iterator[tuple[str, str]]:
+        import openai
+
+        template: dict[str, bool | int] = {"enable_thinking": self.settings.thinking}
+        if self.settings.thinking_budget is not None:
+            template["thinking_budget"] = self.settings.thinking_budget
+        try:
+            stream = self.client.chat.completions.create(
+                model=self.model,
+                messages=[_as_data_urls(message) for message in messages],
+                stream=True,
+                max_tokens=self.settings.max_tokens,
+                temperature=self.settings.temperature,
+                top_p=self.settings.top_p,
+                seed=self.settings.seed,
+                extra_body={"top_k": self.settings.top_k, "chat_template_kwargs": template},
+            )
+            splitter = ThoughtSplitter()
+            for chunk in stream:
+                delta = chunk.choices[0].delta if chunk.choices else None
+                if thought := getattr(delta, "reasoning_content", None):
+                    yield "thought", thought
+                yield from splitter.feed(getattr(delta, "content", None) or "")
+            yield from splitter.flush()
+        except openai.OpenAIError as error:
+            raise UserError(f"the server refused the request: {error}") from error
+
+
+def _as_data_urls(message: dict) -> dict:
+    content = []
+    for part in message["content"]:
+        if part["type"] == "text":
+            content.append(part)
+            continue
+        path = Path(part[part["type"]])
+        kind = mimetypes.guess_type(path.name)[0] or f"{part['type']}/*"
+        url = f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+        content.append({"type": f"{part['type']}_url", f"{part['type']}_url": {"url": url}})
+    return {"role": message["role"], "content": content}

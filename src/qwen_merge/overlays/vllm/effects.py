@@ -1,0 +1,85 @@
+"""What `qwen-merge overlay verify vllm` asks vLLM for. `qwen_merge.overlays.effects` runs it, in its own process."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise AssertionError(message)
+
+
+def the_plug_in_is_found_and_loads_twice() -> None:
+    from importlib.metadata import entry_points
+
+    from vllm.plugins import load_general_plugins
+
+    from qwen_merge.overlays.vllm import register
+
+    found = [point.value for point in entry_points(group="vllm.general_plugins") if point.name == "qwen_merge"]
+    _require(
+        found == ["qwen_merge.overlays.vllm:register"], f"entry points of this name: {found}; reinstall qwen-merge"
+    )
+    load_general_plugins()
+    register()
+
+
+def the_class_that_answers_is_this_kits() -> None:
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
+
+    from qwen_merge.overlays.vllm import ARCHITECTURE, MODEL_CLASS
+
+    model_class, _ = ModelRegistry.resolve_model_cls([ARCHITECTURE])
+    seen = f"{model_class.__module__}:{model_class.__name__}"
+    _require(seen == MODEL_CLASS, f"the registry answers with {seen}")
+    _require(issubclass(model_class, Qwen2_5_VLForConditionalGeneration), "it is no subclass of vLLM's Qwen2.5-VL")
+    info = ModelRegistry.inspect_model_cls([ARCHITECTURE])[0]  # in a process of its own, as the server does
+    _require(info.supports_multimodal and info.supports_pp, f"vLLM takes it for {info}")
+
+
+def pictures_and_videos_have_placeholders() -> None:
+    from vllm.entrypoints.chat_utils import BaseMultiModalItemTracker
+
+    from qwen_merge.overlays.vllm import MODEL_TYPE
+
+    tracker = SimpleNamespace(_model_config=SimpleNamespace(hf_config=SimpleNamespace(model_type=MODEL_TYPE)))
+    for modality, token in (("image", "<|image_pad|>"), ("video", "<|video_pad|>")):
+        seen = BaseMultiModalItemTracker._placeholder_str(tracker, modality, 1)
+        _require(seen == f"<|vision_start|>{token}<|vision_end|>", f"{modality}: {seen}")
+
+
+def requests_may_have_a_thinking_budget() -> None:
+    from vllm.entrypoints.openai.protocol import ChatCompletionRequest
+    from vllm.reasoning import ReasoningParserManager
+
+    from qwen_merge.overlays.vllm import reasoning
+
+    _require(reasoning.NAME in ReasoningParserManager.reasoning_parsers, "no reasoning parser of this kit's")
+    for options, expected in (({"thinking_budget": 7}, {"thinking_budget": 7}), ({}, None)):
+        request = ChatCompletionRequest(messages=[], model="any", chat_template_kwargs=options)
+        seen = request.to_sampling_params(16, None).extra_args
+        _require(seen == expected, f"{options} becomes {seen}")
+
+
+def the_kernels_load() -> None:
+    import torch
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    from importlib.util import find_spec
+
+    _require(
+        hasattr(torch.ops._C, "rms_norm"), "vllm._C did not load; run python -m qwen_merge.overlays.vllm.libstdcxx"
+    )
+    _require(find_spec("intel_extension_for_pytorch") is not None, "no CPU kernels for V1; run ./scripts/env.sh")
+
+
+CHECKS: tuple[Callable[[], None], ...] = (
+    the_plug_in_is_found_and_loads_twice,
+    the_class_that_answers_is_this_kits,
+    pictures_and_videos_have_placeholders,
+    requests_may_have_a_thinking_budget,
+    the_kernels_load,
+)

@@ -1,0 +1,313 @@
+"""`scripts/serve.sh` and what clients send it: questions, options, thinking budgets, and everything that goes wrong."""
+
+import base64
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import requests
+from PIL import Image
+
+from training import REPOSITORY
+
+pytestmark = pytest.mark.slow
+
+CONTEXT = 1024
+SENTENCE = "I have to give the solution based on the thinking directly now."
+
+
+class Server:
+    """A running `scripts/serve.sh`; its log is shown when it does not start."""
+
+    def __init__(self, checkpoint: Path, folder: Path, *options: str):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = folder / "server.log"
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen(
+                ["bash", "scripts/serve.sh", checkpoint, "--port", str(self.port), *options],
+                cwd=REPOSITORY,
+                env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait(self, seconds: int = 400) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and self.process.poll() is None:
+            try:
+                if requests.get(f"{self.url}/health", timeout=5).ok:
+                    return
+            except requests.ConnectionError:
+                time.sleep(1)
+        self.stop()
+        raise AssertionError(f"the server did not start:\n{self.log.read_text()[-6000:]}")
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGTERM)
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
+
+    def ask(self, *content: dict | str, **options) -> requests.Response:
+        parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
+        body = {"model": "served", "messages": [{"role": "user", "content": parts}], "temperature": 0, "max_tokens": 24}
+        return requests.post(f"{self.url}/v1/chat/completions", json={**body, **options}, timeout=120)
+
+    def answer(self, *content: dict | str, **options) -> dict:
+        response = self.ask(*content, **options)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+
+@pytest.fixture(scope="module")
+def server(untied, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("serve")
+    checkpoint = shutil.copytree(untied.merged, folder / "served")
+    running = Server(
+        checkpoint,
+        folder,
+        "--dtype",
+        "float32",
+        "--max-model-len",
+        str(CONTEXT),
+        "--limit-mm-per-prompt",
+        '{"image": 2}',
+    )
+    running.wait()
+    yield running
+    running.stop()
+
+
+def data_url(content: bytes) -> dict:
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(content).decode()}"}}
+
+
+def png(size=(84, 84), colour=(200, 10, 40), mode="RGB") -> bytes:
+    file = io.BytesIO()
+    Image.new(mode, size, colour).save(file, "PNG")
+    return file.getvalue()
+
+
+PICTURE = data_url(png())
+
+
+@pytest.fixture(scope="module")
+def tokens(untied):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(untied.merged)
+    return lambda *words: tokenizer.convert_tokens_to_ids(list(words))
+
+
+def test_an_answer_equals_transformers_greedy_one(server, untied):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(untied.merged)
+    model = AutoModelForImageTextToText.from_pretrained(untied.merged, torch_dtype="float32")
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
+    for thinking in (True, False):
+        text = processor.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=thinking)
+        inputs = processor(text=[text], images=[Image.open(io.BytesIO(png()))], return_tensors="pt")
+        ids = model.generate(**inputs, max_new_tokens=24, do_sample=False)[0, inputs.input_ids.shape[1] :]
+        expected = processor.tokenizer.decode(ids, skip_special_tokens=True)
+        reply = server.answer(PICTURE, "What is it?", chat_template_kwargs={"enable_thinking": thinking})
+        assert reply["choices"][0]["message"]["content"] == expected
+        assert reply["usage"]["prompt_tokens"] == inputs.input_ids.shape[1]
+
+
+# --- thoughts ---
+
+
+def thinking(tokens) -> dict[str, int]:
+    """Options under which this random model opens a thought and never closes it."""
+    return {"logit_bias": {str(token): 100 for token in tokens("<think>", "a", "b", "c")}, "max_tokens": 400}
+
+
+def test_a_thought_that_never_closes_is_no_answer(server, tokens):
+    options = {**thinking(tokens), "logit_bias": {str(tokens("<think>")[0]): 100}, "max_tokens": 8}
+    message = server.answer("Why?", **options)["choices"][0]["message"]
+    assert message["content"] is None
+    assert message["reasoning_content"] == "<think>" * 7
+
+
+@pytest.mark.parametrize("budget", [0, 1, 20])
+def test_a_thinking_budget_is_kept_and_an_answer_follows(server, tokens, untied, budget):
+    from transformers import AutoTokenizer
+
+    from qwen_merge.overlays.vllm.thinking_budget import EARLY_STOP
+
+    options = {**thinking(tokens), "logit_bias": {str(tokens("<think>")[0]): 100}}
+    without = server.answer(PICTURE, "Why?", **options)["choices"][0]
+    assert SENTENCE not in json.dumps(without)  # control: off by default, and then there is no answer
+    assert without["message"]["content"] is None
+
+    reply = server.answer(PICTURE, "Why?", **options, chat_template_kwargs={"thinking_budget": budget})
+    message = reply["choices"][0]["message"]
+    thought, sentence, rest = message["reasoning_content"].partition(EARLY_STOP.removesuffix("</think>\n\n"))
+    assert thought == "<think>" * budget
+    assert sentence
+    assert not rest
+    closing = len(AutoTokenizer.from_pretrained(untied.merged).encode(EARLY_STOP))
+    assert message["content"] == "\n\n" + "<think>" * (400 - 1 - budget - closing)
+    assert reply["usage"]["completion_tokens"] == 400
+
+
+def test_a_streamed_thinking_budget_gives_the_same_text(server, tokens):
+    options = {**thinking(tokens), "chat_template_kwargs": {"thinking_budget": 6}, "max_tokens": 150}
+    options |= {"temperature": 1, "seed": 3}  # draws among the tokens that are left
+    whole = server.answer("Why?", **options)["choices"][0]["message"]
+    thought = content = ""
+    with server.ask("Why?", **options, stream=True) as stream:
+        for line in stream.iter_lines():
+            if line.startswith(b"data: {"):
+                delta = json.loads(line[6:])["choices"][0]["delta"]
+                thought += delta.get("reasoning_content") or ""
+                content += delta.get("content") or ""
+    assert SENTENCE in thought
+    # vLLM drops a streamed piece that is nothing but a <think> token.
+    assert [text.replace("<think>", "") for text in (thought, content)] == [
+        text.replace("<think>", "") for text in (whole["reasoning_content"], whole["content"])
+    ]
+
+
+def test_a_budget_that_is_not_reached_changes_nothing(server, untied):
+    from transformers import AutoTokenizer
+
+    # Ids without a token, which only random weights choose: vLLM does not take them in a prompt.
+    ids = range(len(AutoTokenizer.from_pretrained(untied.merged)), 384)
+    options = {"max_tokens": 40, "logit_bias": dict.fromkeys(map(str, ids), -100)}
+    plain = server.answer(PICTURE, "What is it?", **options)["choices"][0]
+    for budget in (5, 500):  # this model opens no thought of its own
+        within = server.answer(PICTURE, "What is it?", **options, chat_template_kwargs={"thinking_budget": budget})
+        assert within["choices"][0] == plain
+    closed = {"enable_thinking": False}
+    plain = server.answer("What?", chat_template_kwargs=closed)["choices"][0]
+    assert server.answer("What?", chat_template_kwargs={**closed, "thinking_budget": 3})["choices"][0] == plain
+
+
+# --- what goes wrong ---
+
+BAD = {
+    "a picture that does not decode": ([data_url(b"hello")], {}, "cannot identify image file"),
+    "half a picture": ([data_url(png((300, 300))[:200])], {}, "a picture of the request cannot be loaded"),
+    "a 100-megapixel picture": ([data_url(png((10000, 10000), 0, "L"))], {}, "at most 64,000,000 are allowed"),
+    "a local file": ([{"type": "image_url", "image_url": {"url": "file:///etc/hostname"}}], {}, "local files"),
+    "a loopback address": (
+        [{"type": "image_url", "image_url": {"url": "http://127.0.0.1:1/a.png"}}],
+        {},
+        "127.0.0.1, which is not public",
+    ),
+    "a name of a private address": (
+        [{"type": "image_url", "image_url": {"url": "http://localhost:1/a.png"}}],
+        {},
+        "which is not public",
+    ),
+    "a private network": (
+        [{"type": "image_url", "image_url": {"url": "http://192.168.0.1/a.png"}}],
+        {},
+        "192.168.0.1, which is not public",
+    ),
+    "another scheme": ([{"type": "image_url", "image_url": {"url": "ftp://a.b/c.png"}}], {}, "HTTP, data or file"),
+    "too many pictures": ([PICTURE] * 3, {}, "At most 2 image(s)"),
+    "too long a prompt": (["word " * CONTEXT], {}, f"maximum context length is {CONTEXT} tokens"),
+    "a negative budget": ([], {"chat_template_kwargs": {"thinking_budget": -1}}, "expected a whole number of tokens"),
+    "a budget of text": ([], {"chat_template_kwargs": {"thinking_budget": "9"}}, "expected a whole number of tokens"),
+    "a budget and two answers": (
+        [],
+        {"chat_template_kwargs": {"thinking_budget": 9}, "n": 2, "temperature": 1},
+        "cannot be combined with n > 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_requests_are_answered_400_and_the_server_goes_on(server, case):
+    content, options, message = BAD[case]
+    response = server.ask(*content, "What is it?", **options)
+    assert response.status_code == 400, response.text[:500]
+    assert message in response.json()["message"]
+    assert server.ask("Are you there?").status_code == 200
+
+
+def test_a_client_that_leaves_does_not_stop_the_others(server):
+    expected = server.answer(PICTURE, "What is it?")["choices"]
+    for budget in ({}, {"chat_template_kwargs": {"thinking_budget": 4}}):
+        with server.ask("Tell a long story.", stream=True, max_tokens=900, ignore_eos=True, **budget) as stream:
+            next(stream.iter_lines())
+    assert server.answer(PICTURE, "What is it?")["choices"] == expected
+    end = time.monotonic() + 30  # the abandoned requests are aborted, not run to their end
+    while time.monotonic() < end:
+        running = [line for line in requests.get(f"{server.url}/metrics", timeout=10).text.splitlines()
+                   if line.startswith("vllm:num_requests_running")]  # fmt: skip
+        if running and running[0].endswith(" 0.0"):
+            return
+        time.sleep(0.5)
+    raise AssertionError(f"still running: {running}")
+
+
+def test_two_hundred_requests_at_once_are_all_answered(server):
+    questions = [f"Number {i}?" for i in range(200)]
+
+    def ask(i: int) -> tuple[int, str]:
+        content = [PICTURE, questions[i]] if i % 2 else [questions[i]]
+        response = server.ask(*content, max_tokens=8)
+        return response.status_code, response.json()["choices"][0]["message"]["content"]
+
+    with ThreadPoolExecutor(200) as pool:
+        together = list(pool.map(ask, range(200)))
+    assert [status for status, _ in together] == [200] * 200
+    for i in (0, 1, 101, 198):  # each answer belongs to its question
+        assert together[i] == ask(i)
+
+
+def test_chat_asks_the_server_and_the_checkpoint_alike(server, untied, tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    texts = []
+    for where in ([str(untied.merged)], ["--endpoint", f"{server.url}/v1"]):
+        result = subprocess.run(
+            [
+                *(sys.executable, "-m", "qwen_merge.cli", "chat", *where, "--image", tmp_path / "a.png"),
+                *("--question", "What?", "--temperature", "0", "--max-tokens", "12"),
+            ],
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY / "src")},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        texts.append(result.stdout.strip())
+    assert texts[0] == texts[1] != ""
+
+
+def test_serving_something_else_is_refused(tmp_path, untied):
+    for folder, config, message in (
+        ("nothing", None, "is not a folder"),
+        ("empty", "", "has no config.json"),
+        ("qwen3", '{"model_type": "qwen3"}', "is not qwen2_5_vl_merge"),
+    ):
+        if config is not None:
+            (tmp_path / folder).mkdir()
+        if config:
+            (tmp_path / folder / "config.json").write_text(config)
+        result = subprocess.run(
+            ["bash", "scripts/serve.sh", tmp_path / folder], cwd=REPOSITORY, capture_output=True, text=True, check=False
+        )
+        assert (result.returncode, message in result.stderr) == (2, True), result.stderr

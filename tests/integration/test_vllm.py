@@ -1,0 +1,191 @@
+"""vLLM against transformers on the same tiny checkpoints: greedy tokens, float32, on the CPU's V1 engine."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from qwen_merge.merger.merge import MergeOptions, merge
+from training import REPOSITORY
+
+pytestmark = pytest.mark.slow
+
+IMAGE, VIDEO = "<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>"
+LONG = "Read the number in the picture, then count the shapes and name their colours. " * 6
+PICTURE, TEXT = "one picture", "text"
+
+
+@pytest.fixture(scope="session")
+def requests(tmp_path_factory) -> dict[str, dict]:
+    """Name -> request as tests/vllm_jobs.py takes it."""
+    folder = tmp_path_factory.mktemp("media")
+    noise = np.random.default_rng(0)
+    for i, (width, height) in enumerate(((84, 84), (140, 56))):
+        Image.fromarray(noise.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    np.save(folder / "clip.npy", noise.integers(0, 256, (6, 56, 84, 3), dtype=np.uint8))
+    pictures, clip = [str(folder / "0.png"), str(folder / "1.png")], [str(folder / "clip.npy")]
+    return {
+        TEXT: {"prompt": "Answer with one word."},
+        PICTURE: {"prompt": f"{IMAGE}What colour is the shape?", "images": pictures[:1]},
+        "two pictures": {"prompt": f"{IMAGE} and {IMAGE}: which is larger?", "images": pictures},
+        "video": {"prompt": f"{VIDEO}Describe it.", "videos": clip},
+        "long text": {"prompt": LONG},
+        "picture after a long text": {"prompt": f"{LONG}{IMAGE}What is it?", "images": pictures[1:]},
+    }
+
+
+def by_transformers(checkpoint: Path, requests: dict[str, dict], adapter: Path | None = None) -> dict[str, list[int]]:
+    """Greedy tokens of each request alone."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint, torch_dtype=torch.float32).eval()
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter).eval()
+    model.generation_config.eos_token_id = None
+    tokens = {}
+    for name, request in requests.items():
+        inputs = processor(
+            text=[request["prompt"]],
+            images=[Image.open(file).convert("RGB") for file in request.get("images", [])] or None,
+            videos=[np.load(file) for file in request.get("videos", [])] or None,
+            return_tensors="pt",
+        )
+        generated = model.generate(**inputs, max_new_tokens=16, do_sample=False)
+        tokens[name] = generated[0, inputs.input_ids.shape[1] :].tolist()
+    return tokens
+
+
+def by_vllm(jobs: list[dict], folder: Path, **variables: str) -> dict[str, list[list[dict]]]:
+    """Answers of tests/vllm_jobs.py: job -> rounds -> requests."""
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    result = subprocess.run(
+        [sys.executable, "tests/vllm_jobs.py", folder / "jobs.json", folder / "answers.json"],
+        cwd=REPOSITORY,
+        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PYTHONPATH": "src:tests", **variables},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-6000:]
+    return json.loads((folder / "answers.json").read_text())
+
+
+def with_names_of_memory(source: Path, target: Path) -> Path:
+    """The checkpoint as transformers 4.52.3 itself would save it: `model.visual.*`, `model.language_model.*`."""
+    shutil.copytree(source, target)
+    renamed = {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        new = name
+        if name.startswith("visual."):
+            new = f"model.{name}"
+        elif name.startswith("model."):
+            new = name.replace("model.", "model.language_model.", 1)
+        renamed[new] = tensor
+    save_file(renamed, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def make_adapter(checkpoint: Path, folder: Path) -> Path:
+    """A LoRA on the LLM's attention and MLP whose random weights change the answer."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint, torch_dtype=torch.float32)
+    torch.manual_seed(0)
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=r".*language_model.*\.(q_proj|v_proj|o_proj|up_proj)")
+    model = get_peft_model(model, config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def answers(tied, untied, requests, tmp_path_factory):
+    """Every engine of this module but those that need processes of their own, run in one go."""
+    folder = tmp_path_factory.mktemp("vllm")
+    other_projector = folder / "other-projector"
+    merge(MergeOptions(vlm=str(tied.vlm), llm=str(tied.llm), output=other_projector, seed=1))
+    adapter = make_adapter(tied.merged, folder / "adapter")
+    mixed = list(requests.values())
+    small_chunks = {"max_num_batched_tokens": 64, "max_num_seqs": 4}
+    jobs = [
+        # The second round finds the first one's prompts in the prefix cache.
+        {"name": "tied", "model": str(tied.merged), "rounds": [mixed, mixed]},
+        {"name": "untied", "model": str(untied.merged), "rounds": [mixed], "engine": small_chunks},
+        {
+            "name": "names of memory",
+            "model": str(with_names_of_memory(untied.merged, folder / "renamed")),
+            "rounds": [mixed],
+        },
+        {"name": "other projector", "model": str(other_projector), "rounds": [mixed]},
+        {
+            "name": "LoRA",
+            "model": str(tied.merged),
+            "engine": {"enable_lora": True, "max_lora_rank": 8},
+            "rounds": [[{**request, "lora": str(adapter)} for request in mixed], mixed],
+        },
+    ]
+    return by_vllm(jobs, folder) | {"adapter": adapter}
+
+
+def tokens_of(requests: dict[str, dict], outputs: list[dict]) -> dict[str, list[int]]:
+    return {name: output["tokens"] for name, output in zip(requests, outputs, strict=True)}
+
+
+@pytest.mark.parametrize("source", ["tied", "untied"])
+def test_a_mixed_batch_gives_the_tokens_of_transformers(source, answers, requests, request):
+    """Text, pictures and video in one batch; for `untied` in chunks of 64 tokens that cut prompts and pictures."""
+    expected = by_transformers(request.getfixturevalue(source).merged, requests)
+    assert tokens_of(requests, answers[source][0]) == expected
+    longest = max(output["prompt_tokens"] for output in answers[source][0])
+    assert longest > 64, "no prompt is longer than a chunk"
+
+
+def test_the_prefix_cache_changes_no_token(answers, requests):
+    first, second = answers["tied"]
+    assert [output["tokens"] for output in second] == [output["tokens"] for output in first]
+    cached = dict(zip(requests, (output["cached"] for output in second), strict=True))
+    assert cached["two pictures"] > 0
+    assert cached["picture after a long text"] > 0
+    assert dict(zip(requests, (output["cached"] for output in first), strict=True))["two pictures"] == 0  # control
+
+
+def test_the_names_of_memory_load_too(answers):
+    assert answers["names of memory"] == answers["untied"]
+
+
+def test_control_another_projector_layer_gives_other_tokens(answers, requests):
+    """Only `visual.merger.mlp.4` differs: if vLLM skipped the layer, nothing here would."""
+    ours, others = (tokens_of(requests, answers[job][0]) for job in ("tied", "other projector"))
+    for name, request in requests.items():
+        assert (ours[name] != others[name]) == ("prompt" in request and len(request) > 1), name
+
+
+def test_an_adapter_on_the_llm_gives_the_tokens_of_peft(answers, requests, tied):
+    adapted, plain = (tokens_of(requests, outputs) for outputs in answers["LoRA"])
+    assert adapted == by_transformers(tied.merged, requests, answers["adapter"])
+    assert plain == tokens_of(requests, answers["tied"][0])
+    assert all(adapted[name] != plain[name] for name in requests)  # control: the adapter does something
+
+
+def test_two_tensor_parallel_ranks_give_the_tokens_of_one(answers, requests, untied, tmp_path):
+    engine = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    job = {"name": "two", "model": str(untied.merged), "rounds": [list(requests.values())], "engine": engine}
+    two = by_vllm([job], tmp_path, VLLM_CPU_OMP_THREADS_BIND="0|1")["two"]
+    assert tokens_of(requests, two[0]) == tokens_of(requests, answers["untied"][0])
