@@ -125,7 +125,9 @@ def test_an_answer_equals_transformers_greedy_one(server, untied):
     for thinking in (True, False):
         text = processor.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=thinking)
         inputs = processor(text=[text], images=[Image.open(io.BytesIO(png()))], return_tensors="pt")
-        ids = model.generate(**inputs, max_new_tokens=24, do_sample=False)[0, inputs.input_ids.shape[1] :]
+        never_said = [model.config.image_token_id, model.config.video_token_id]
+        generated = model.generate(**inputs, max_new_tokens=24, do_sample=False, suppress_tokens=never_said)
+        ids = generated[0, inputs.input_ids.shape[1] :]
         expected = processor.tokenizer.decode(ids, skip_special_tokens=True)
         reply = server.answer(PICTURE, "What is it?", chat_template_kwargs={"enable_thinking": thinking})
         assert reply["choices"][0]["message"]["content"] == expected
@@ -181,10 +183,12 @@ def test_a_streamed_thinking_budget_gives_the_same_text(server, tokens):
                 thought += delta.get("reasoning_content") or ""
                 content += delta.get("content") or ""
     assert SENTENCE in thought
-    # vLLM drops a streamed piece that is nothing but a <think> token.
-    assert [text.replace("<think>", "") for text in (thought, content)] == [
-        text.replace("<think>", "") for text in (whole["reasoning_content"], whole["content"])
-    ]
+    # vLLM's parser drops a streamed piece that is nothing but a <think> token, and keeps what stands before a thought.
+    thought, content, *whole = (
+        text.replace("<think>", "") for text in (thought, content, whole["reasoning_content"], whole["content"])
+    )
+    assert thought == whole[0]
+    assert content.endswith(whole[1])
 
 
 def test_a_budget_that_is_not_reached_changes_nothing(server, untied):
@@ -203,6 +207,15 @@ def test_a_budget_that_is_not_reached_changes_nothing(server, untied):
 
 
 # --- what goes wrong ---
+
+
+def test_an_answer_never_holds_a_placeholder(server, tokens):
+    """One in anybody's answer would stop the engine for everybody: it counts them over the whole batch."""
+    wanted = {str(token): 100 for token in tokens("<|image_pad|>", "<|video_pad|>")}
+    for _ in range(2):
+        reply = server.answer(PICTURE, "What is it?", logit_bias=wanted, max_tokens=8)
+        assert "_pad|>" not in reply["choices"][0]["message"]["content"]
+
 
 BAD = {
     "a picture that does not decode": ([data_url(b"hello")], {}, "cannot identify image file"),
@@ -226,6 +239,8 @@ BAD = {
     ),
     "another scheme": ([{"type": "image_url", "image_url": {"url": "ftp://a.b/c.png"}}], {}, "HTTP, data or file"),
     "too many pictures": ([PICTURE] * 3, {}, "At most 2 image(s)"),
+    "a placeholder in the text": ([PICTURE, "<|image_pad|> and"], {}, "2 image placeholder(s) for 1 image(s)"),
+    "a placeholder without a picture": (["<|video_pad|>"], {}, "1 video placeholder(s) for 0 video(s)"),
     "too long a prompt": (["word " * CONTEXT], {}, f"maximum context length is {CONTEXT} tokens"),
     "a negative budget": ([], {"chat_template_kwargs": {"thinking_budget": -1}}, "expected a whole number of tokens"),
     "a budget of text": ([], {"chat_template_kwargs": {"thinking_budget": "9"}}, "expected a whole number of tokens"),

@@ -61,7 +61,9 @@ def by_transformers(checkpoint: Path, requests: dict[str, dict], adapter: Path |
             videos=[np.load(file) for file in request.get("videos", [])] or None,
             return_tensors="pt",
         )
-        generated = model.generate(**inputs, max_new_tokens=16, do_sample=False)
+        # vLLM's model never says a placeholder (see its compute_logits).
+        never_said = [model.config.image_token_id, model.config.video_token_id]
+        generated = model.generate(**inputs, max_new_tokens=16, do_sample=False, suppress_tokens=never_said)
         tokens[name] = generated[0, inputs.input_ids.shape[1] :].tolist()
     return tokens
 

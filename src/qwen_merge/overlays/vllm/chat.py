@@ -1,5 +1,6 @@
-"""The text that stands for a picture or a video in a chat message, where the template does not write it itself."""
+"""The tokens that stand for pictures and videos in a prompt: which ones, and as many as there are pictures."""
 
+from collections.abc import Mapping
 from functools import wraps
 
 from qwen_merge.overlays.vllm import MODEL_TYPE
@@ -32,3 +33,44 @@ def hook_placeholders() -> None:
 
     placeholder_str.__dict__["knows_qwen_merge"] = True
     BaseMultiModalItemTracker._placeholder_str = placeholder_str
+
+
+def hook_counting() -> None:
+    """Refuse a prompt that holds more placeholders than pictures; safe to call again.
+
+    Symptom: a user writes <|image_pad|> into a question, the words become the token, and vLLM's V1 engine, which finds
+    the places for the features of a whole batch by that token, stops for everybody.
+    """
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    original = AsyncLLM.generate
+    if "counts_placeholders" in original.__dict__:
+        return
+
+    @wraps(original)
+    def generate(self, prompt, *args, **kwargs):
+        config = self.model_config.hf_config
+        if config.model_type == MODEL_TYPE and isinstance(prompt, Mapping) and "prompt_token_ids" in prompt:
+            check_placeholders(config, prompt)
+        return original(self, prompt, *args, **kwargs)
+
+    generate.__dict__["counts_placeholders"] = True
+    AsyncLLM.generate = generate
+
+
+def check_placeholders(config, prompt: Mapping) -> None:
+    """Compare a tokens prompt of vLLM, its pictures not yet expanded, with its media.
+
+    Raises:
+        ValueError: placeholders and media differ in number; the server answers 400.
+    """
+    media = prompt.get("multi_modal_data") or {}
+    for modality, token in (("image", config.image_token_id), ("video", config.video_token_id)):
+        items = media.get(modality) or []
+        wanted = len(items) if isinstance(items, (list, tuple)) else 1
+        seen = prompt["prompt_token_ids"].count(token)
+        if seen != wanted:
+            raise ValueError(
+                f"the prompt has {seen} {modality} placeholder(s) for {wanted} {modality}(s). Leave <|{modality}_pad|> "
+                "out of the text: the chat template puts one where each picture or video is."
+            )

@@ -100,3 +100,15 @@ class Qwen2_5_VL_MergeForConditionalGeneration(Qwen2_5_VLForConditionalGeneratio
             architectures=["Qwen3ForCausalLM"],
         )
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
+        self.never_said = [config.image_token_id, config.video_token_id]
+
+    def compute_logits(self, hidden_states: Tensor, sampling_metadata) -> Tensor | None:
+        """(tokens, width) -> (tokens, vocabulary); None on ranks that do not sample.
+
+        A model never says a picture's or a video's placeholder: vLLM finds the places for the features of a whole batch
+        by these ids, and one more of them, in anybody's answer, stops the engine for everybody.
+        """
+        logits = super().compute_logits(hidden_states, sampling_metadata)
+        if logits is not None:
+            logits[..., self.never_said] = float("-inf")
+        return logits

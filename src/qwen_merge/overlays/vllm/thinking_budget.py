@@ -31,7 +31,7 @@ def hook() -> None:
     from vllm.entrypoints.openai.protocol import ChatCompletionRequest
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    if getattr(AsyncLLM.generate, "knows_thinking_budget", False):
+    if "knows_thinking_budget" in AsyncLLM.generate.__dict__:
         return
     to_sampling_params, generate = ChatCompletionRequest.to_sampling_params, AsyncLLM.generate
 
