@@ -9,8 +9,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-from qwen_merge.overlays import engine
+from qwen_merge.errors import UserError
+from qwen_merge.overlays import engine, manifest
 from qwen_merge.overlays.manifest import Overlay
+
+
+def _installed(upstream: str) -> Path | None:
+    try:
+        return manifest.find_package(upstream, None)
+    except UserError:
+        return None
 
 
 def verify(overlay: Overlay, package: Path) -> bool:
@@ -21,8 +29,11 @@ def verify(overlay: Overlay, package: Path) -> bool:
         if file.state is not engine.State.APPLIED:
             print(f"  FAIL  {file.path} is {file.state.value}")
             files_hold = False
-    # The package first, so that a checkout named by --root is what is imported; then this kit.
-    paths = [str(package.parent), str(Path(__file__).parents[2])]
+    # A checkout named by --root comes first, so that it is what is imported. The environment's own package does not:
+    # its folder may be a base environment's, whose other packages would then hide this one's newer ones.
+    paths = [str(Path(__file__).parents[2])]
+    if package != _installed(overlay.upstream):
+        paths.insert(0, str(package.parent))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TOKENIZERS_PARALLELISM": "false"}
     result = subprocess.run(
         [sys.executable, "-m", "qwen_merge.overlays.effects", overlay.upstream, str(package)],
