@@ -29,6 +29,17 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     merge.add_argument("--json", type=Path, help="also write the figures to this file")
     merge.set_defaults(run=_run_merge)
 
+    serve = benches.add_parser(
+        "serve",
+        help="vLLM on a merged model against a stock Qwen2.5-VL of the same shape",
+        description="Makes both, of random weights; two engines in one process answer the same requests in turns.",
+    )
+    serve.add_argument("--requests", type=int, default=16, help="in one batch (default: %(default)s)")
+    serve.add_argument("--new-tokens", type=int, default=48, help="an answer's length (default: %(default)s)")
+    serve.add_argument("--repeats", type=int, default=7, help="rounds after a first one (default: %(default)s)")
+    serve.add_argument("--json", type=Path, help="also write the figures to this file")
+    serve.set_defaults(run=_run_serve)
+
     importing = benches.add_parser("import-time", help="wall time of `qwen-merge --help`, and what it imports")
     importing.add_argument("--repeats", type=int, default=7, help="runs; the median is reported (default: %(default)s)")
     importing.set_defaults(run=_run_import_time)
@@ -36,6 +47,12 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
 
 def _run_merge(arguments: argparse.Namespace) -> int:
     from qwen_merge.bench.merge import run
+
+    return run(arguments)
+
+
+def _run_serve(arguments: argparse.Namespace) -> int:
+    from qwen_merge.bench.serve import run
 
     return run(arguments)
 
