@@ -81,5 +81,5 @@ else
   echo "$wanted" > "$stamp"
 fi
 
-"$venv/bin/qwen-merge" overlay apply transformers llamafactory
+"$venv/bin/qwen-merge" overlay apply transformers llamafactory vlmevalkit
 say "ready: source .venv/bin/activate"

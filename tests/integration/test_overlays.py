@@ -4,7 +4,6 @@ A source checkout of LLaMA-Factory's commit 83688b0 is tested too where one is a
 QWEN_MERGE_LLAMAFACTORY_CHECKOUT=DIR pytest tests/integration/test_overlays.py
 """
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -18,9 +17,10 @@ from qwen_merge.overlays import engine, manifest
 pytestmark = pytest.mark.slow
 
 
-def run(*arguments, root: Path) -> subprocess.CompletedProcess:
+def run(*arguments, root: Path | None) -> subprocess.CompletedProcess:
+    where = [] if root is None else ["--root", str(root)]
     return subprocess.run(
-        [sys.executable, "-m", "qwen_merge.cli", "overlay", *arguments, "--root", str(root)],
+        [sys.executable, "-m", "qwen_merge.cli", "overlay", *arguments, *where],
         capture_output=True,
         text=True,
         check=False,
@@ -35,25 +35,29 @@ def python_files(package: Path) -> dict[str, bytes]:
     }
 
 
+PATCHED = [upstream for upstream in manifest.UPSTREAMS if upstream != "vllm"]  # vLLM has a plug-in, and no patch
+
+
 @pytest.fixture(scope="module")
 def copies(tmp_path_factory) -> dict[str, Path]:
-    """Both upstreams, copied out of this environment and reverted: what the package index ships.
+    """The patched upstreams, copied out of this environment and reverted: what the package index ships.
 
     Each has a folder of its own, so that LLaMA-Factory's copy is checked beside a transformers that has its overlay.
     """
     roots = {}
-    for upstream in manifest.UPSTREAMS:
+    for upstream in PATCHED:
         roots[upstream] = tmp_path_factory.mktemp(upstream)
-        source = Path(next(iter(importlib.util.find_spec(upstream).submodule_search_locations)))
-        shutil.copytree(source, roots[upstream] / upstream, ignore=shutil.ignore_patterns("__pycache__"))
-        engine.revert(manifest.load(upstream), roots[upstream] / upstream)
+        source = manifest.find_package(upstream, None)
+        copy = roots[upstream] / source.name
+        shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        engine.revert(manifest.load(upstream), copy)
     return roots
 
 
-@pytest.mark.parametrize("upstream", manifest.UPSTREAMS)
+@pytest.mark.parametrize("upstream", PATCHED)
 def test_apply_verify_revert(copies, upstream):
     root = copies[upstream]
-    package = root / upstream
+    package = manifest.find_package(upstream, root)
     original = python_files(package)
     unpatched = run("verify", upstream, root=root)  # control: nothing is applied
     assert unpatched.returncode == 1
@@ -67,6 +71,18 @@ def test_apply_verify_revert(copies, upstream):
     assert "FAIL" not in verified.stdout
     assert run("revert", upstream, root=root).returncode == 0
     assert python_files(package) == original
+
+
+def test_vllm_is_asked_for_its_plug_in(monkeypatch):
+    applied = run("apply", "vllm", root=None)
+    assert "nothing to apply" in applied.stdout
+    verified = run("verify", "vllm", root=None)
+    assert verified.returncode == 0, verified.stdout + verified.stderr
+    assert verified.stdout.count("  ok ") == 5
+    monkeypatch.setenv("VLLM_PLUGINS", "another")  # control: vLLM is told to load other plug-ins only
+    unheard = run("verify", "vllm", root=None)
+    assert unheard.returncode == 1
+    assert "FAIL  the plug in is found and loads twice" in unheard.stdout
 
 
 def test_freeze_groups_under_the_template_names_are_found_out(copies):

@@ -7,7 +7,8 @@ from pathlib import Path
 def add_parsers(subparsers) -> None:
     parser = subparsers.add_parser("overlay", help="apply, check or revert the changes to the upstream libraries")
     parser.add_argument("action", choices=("apply", "status", "verify", "revert"))
-    parser.add_argument("upstreams", nargs="*", metavar="UPSTREAM", help="transformers, llamafactory (default: both)")
+    known = "transformers, llamafactory, vllm, vlmevalkit (default: all)"
+    parser.add_argument("upstreams", nargs="*", metavar="UPSTREAM", help=known)
     parser.add_argument("--root", type=Path, help="a checkout or site-packages folder instead of this environment")
     parser.set_defaults(run=run)
 
@@ -43,6 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _summary(action: str, files: list) -> str:
     from qwen_merge.overlays.engine import State
 
+    if not files:
+        return "registered by its plug-in entry point; there is nothing to apply or revert"
     states = {file.state for file in files}
     if action == "apply":
         return "already applied" if states == {State.APPLIED} else f"applied to {len(files)} files"

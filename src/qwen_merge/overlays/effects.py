@@ -11,6 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+from qwen_merge.overlays.manifest import PACKAGES
+from qwen_merge.overlays.vllm.effects import CHECKS as VLLM_CHECKS
+
 MODEL_TYPE = "qwen2_5_vl_merge"
 TINY = {
     "vocab_size": 128,
@@ -132,7 +135,11 @@ def templates_are_registered() -> None:
         require(name in TEMPLATES, f"no template {name}")
         plugin = TEMPLATES[name].mm_plugin
         require((plugin.image_token, plugin.video_token) == ("<|image_pad|>", "<|video_pad|>"), f"{name}: {plugin}")
-    require(type(TEMPLATES["qwen_merge_vl"]) is ReasoningTemplate, "qwen_merge_vl does not know thoughts")
+    seen = type(TEMPLATES["qwen_merge_vl"])
+    require(issubclass(seen, ReasoningTemplate), "qwen_merge_vl does not know thoughts")
+    require(
+        seen is not ReasoningTemplate, "qwen_merge_vl shows the thoughts of earlier turns, which inference does not"
+    )
 
 
 def freeze_groups_hold_under_the_model_type() -> None:
@@ -203,6 +210,73 @@ def liger_kernels_are_dispatched() -> None:
     require(isinstance(model.visual.blocks[0].norm1, LigerRMSNorm), "the vision tower's norm is not Liger's")
 
 
+# --- VLMEvalKit ---
+
+
+def parsed_by_run(*arguments: str):
+    """What `run.py` makes of a command line: its own in an installed package, the one beside it in a checkout."""
+    import importlib
+
+    import vlmeval
+
+    installed = Path(next(iter(vlmeval.__path__)), "run.py").is_file()
+    run = importlib.import_module("vlmeval.run" if installed else "run")
+    before, sys.argv = sys.argv, ["run.py", *arguments]
+    try:
+        return run.parse_args()
+    finally:
+        sys.argv = before
+
+
+def tiny_folder(parent: str, model_type: str) -> str:
+    """As much of a checkpoint as choosing a class may look at."""
+    folder = Path(parent, model_type, "Qwen2-VL-merger")  # a name that tells nothing, or the wrong thing
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(f'{{"model_type": "{model_type}"}}')
+    return str(folder)
+
+
+def the_runner_takes_a_model_path_and_knows_the_entries() -> None:
+    from vlmeval.config import supported_VLM
+
+    from qwen_merge.evaluation.vlmevalkit import ENTRIES
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = tiny_folder(folder, MODEL_TYPE)
+        arguments = ["--data", "MMStar", "--model", "Qwen-Merge-VL-4B", "--model-path", path, "--work-dir", folder]
+        seen = parsed_by_run(*arguments, "--reuse").model_path
+        require(seen == path, f"--model-path gives {seen}")
+        missing = [name for name in ENTRIES if name not in supported_VLM]
+        require(len(ENTRIES) == 4 and not missing, f"entries that are not registered: {missing}")
+        model = supported_VLM["Qwen-Merge-VL-4B"]()
+        require(type(model).__module__ == "qwen_merge.evaluation.models", f"the entry gives {type(model)}")
+        seen = (model.min_pixels, model.max_pixels, model.settings.temperature, model.model_path)
+        require(seen == (1280 * 28 * 28, 16384 * 28 * 28, 0.6, path), f"the entry's settings are {seen}")
+
+
+def the_model_type_decides_not_the_path() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = tiny_folder(folder, "qwen2_5_vl")
+        try:
+            parsed_by_run("--data", "MMStar", "--model", "Qwen-Merge-VL-4B", "--model-path", path, "--work-dir", folder)
+        except SystemExit as stopped:
+            require(stopped.code == 2, f"stopped with exit code {stopped.code}")
+        else:
+            raise AssertionError("a checkpoint of another model_type was taken")
+
+
+def long_answers_survive_the_spreadsheet() -> None:
+    import pandas
+    from vlmeval.smp import dump, load
+
+    answers = ["x" * 100_000, "", "None", "=2", "3"]
+    with tempfile.TemporaryDirectory() as folder:
+        file = str(Path(folder, "answers.xlsx"))
+        dump(pandas.DataFrame({"index": range(len(answers)), "prediction": answers}), file)
+        seen = list(load(file)["prediction"])
+    require(seen == answers, f"answers of lengths {[len(answer) for answer in answers]} come back as {seen!r:.200}")
+
+
 CHECKS: dict[str, tuple[Callable[[], None], ...]] = {
     "transformers": (
         auto_classes_give_this_architecture,
@@ -217,6 +291,12 @@ CHECKS: dict[str, tuple[Callable[[], None], ...]] = {
         the_model_group_is_listed,
         liger_kernels_are_dispatched,  # last: it changes classes for the rest of the process
     ),
+    "vllm": VLLM_CHECKS,
+    "vlmevalkit": (
+        the_runner_takes_a_model_path_and_knows_the_entries,
+        the_model_type_decides_not_the_path,
+        long_answers_survive_the_spreadsheet,
+    ),
 }
 
 
@@ -224,7 +304,7 @@ def main(upstream: str, package: str) -> int:
     # The libraries log to standard output, some through file descriptor 1: the report gets a copy of it for itself.
     report = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    module = __import__(upstream)
+    module = __import__(PACKAGES.get(upstream, upstream))
     origin = Path(next(iter(module.__path__))).resolve()
     if origin != Path(package):
         print(f"  FAIL  Python imports {upstream} from {origin}, not from {package}", file=report)

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -72,7 +72,7 @@ def plan(overlay: Overlay, package: Path) -> list[File]:
         UserError: another version of the upstream.
     """
     release = overlay.release_of(package)
-    recorded_files, recorded_new = _read_record(package)
+    recorded_files, recorded_new = _read_record(package, release.files)
     new = (
         _new_file(path, package / path, overlay.new_files.get(path), recorded_new.get(path))
         for path in dict.fromkeys((*overlay.new_files, *recorded_new))
@@ -133,15 +133,17 @@ def _outdated_file(
     return File(path, State.OUTDATED, before, after)
 
 
-def _read_record(package: Path) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+def _read_record(package: Path, known: Container[str]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
     """(files, new_files) of the record. What is not of its form is taken for no record: the sha256 tell enough.
 
-    A path that leaves the package would let a record delete anything, so it is not of the form.
+    A path that leaves the package would let a record delete anything, so it is not of the form, except for a `known`
+    one: the file of this overlay's own that lies beside the package.
     """
     try:
         record = json.loads(_read(package / RECORD) or b"{}")
         files, new_files = dict(record.get("files", {})), dict(record.get("new_files", {}))
-        inside = all(not Path(path).is_absolute() and ".." not in Path(path).parts for path in (*files, *new_files))
+        strange = [path for path in (*files, *new_files) if path not in known]
+        inside = all(not Path(path).is_absolute() and ".." not in Path(path).parts for path in strange)
         formed = all({"before", "after", "patch"} <= set(entry) for entry in files.values())
     except (ValueError, TypeError, AttributeError):
         return {}, {}
@@ -290,6 +292,6 @@ def _commit(target: Path, content: bytes | None) -> None:
 
 
 def _remove_staged(package: Path) -> None:
-    """What a killed run left staged."""
-    for leftover in package.rglob(f".*{STAGED_SUFFIX}"):
+    """What a killed run left staged: in the package, and beside it, where a checkout has its `run.py`."""
+    for leftover in (*package.rglob(f".*{STAGED_SUFFIX}"), *package.parent.glob(f".*{STAGED_SUFFIX}")):
         leftover.unlink()

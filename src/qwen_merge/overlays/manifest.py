@@ -10,7 +10,8 @@ import yaml
 from qwen_merge.errors import UserError
 
 OVERLAYS = Path(__file__).parent
-UPSTREAMS = ("transformers", "llamafactory")
+UPSTREAMS = ("transformers", "llamafactory", "vllm", "vlmevalkit")
+PACKAGES = {"vlmevalkit": "vlmeval"}  # where the package is not called as the upstream is
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Release:
     commit: str
     source: str
     files: dict[str, Touched]
+    told_by: str = ""  # what version_pattern finds, where that is not the version itself
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Overlay:
         )
         seen = match[1] if match else f"unknown (no version in {file})"
         for release in self.releases:
-            if release.version == seen:
+            if (release.told_by or release.version) == seen:
                 return release
         expected = " or ".join(f"{release.version} ({release.source})" for release in self.releases)
         raise UserError(
@@ -85,6 +87,7 @@ def load(upstream: str) -> Overlay:
                 commit=release["commit"],
                 source=release["source"],
                 files={path: Touched(**touched) for path, touched in release["files"].items()},
+                told_by=release.get("told_by", ""),
             )
             for release in data["releases"]
         ),
@@ -102,8 +105,9 @@ def find_package(upstream: str, root: Path | None) -> Path:
     Raises:
         UserError: it is not there.
     """
+    name = PACKAGES.get(upstream, upstream)
     if root is None:
-        spec = importlib.util.find_spec(upstream)
+        spec = importlib.util.find_spec(name)
         if spec is None or not spec.submodule_search_locations:
             raise UserError(
                 f"{upstream} is not installed in this environment.\n"
@@ -111,10 +115,10 @@ def find_package(upstream: str, root: Path | None) -> Path:
             )
         return Path(next(iter(spec.submodule_search_locations))).resolve()
     root = root.expanduser().resolve()
-    for candidate in (root / "src" / upstream, root / upstream, root):
-        if candidate.name == upstream and (candidate / "__init__.py").is_file():
+    for candidate in (root / "src" / name, root / name, root):
+        if candidate.name == name and (candidate / "__init__.py").is_file():
             return candidate.resolve()
     raise UserError(
-        f"no package {upstream} in {root}: looked for {root}/src/{upstream}, {root}/{upstream} and {root} itself.\n"
+        f"no package {name} in {root}: looked for {root}/src/{name}, {root}/{name} and {root} itself.\n"
         "--root takes a checkout, a site-packages folder or the package's own folder."
     )

@@ -12,15 +12,17 @@ def _require(condition: bool, message: str) -> None:
 def the_plug_in_is_found_and_loads_twice() -> None:
     from importlib.metadata import entry_points
 
+    from vllm import ModelRegistry
     from vllm.plugins import load_general_plugins
 
-    from qwen_merge.overlays.vllm import register
+    from qwen_merge.overlays.vllm import ARCHITECTURE, register
 
     found = [point.value for point in entry_points(group="vllm.general_plugins") if point.name == "qwen_merge"]
     _require(
         found == ["qwen_merge.overlays.vllm:register"], f"entry points of this name: {found}; reinstall qwen-merge"
     )
     load_general_plugins()
+    _require(ARCHITECTURE in ModelRegistry.models, "vLLM did not load it; does VLLM_PLUGINS leave out qwen_merge?")
     register()
 
 

@@ -1,0 +1,484 @@
+"""VLMEvalKit's own `run.py` with a tiny merged checkpoint: scores, resuming after a kill, both back ends, a server.
+
+The tables are drawn here and the checkpoint is random, so nothing is downloaded. What a right answer is worth is proven
+with answers written by hand, which a run takes up like those of an earlier run.
+
+A checkout of VLMEvalKit's commit 21b00fa is tested too where one is at hand:
+QWEN_MERGE_VLMEVALKIT_CHECKOUT=DIR pytest tests/integration/test_vlmevalkit.py
+"""
+
+import base64
+import http.server
+import importlib.util
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from qwen_merge.evaluation.records import Records, Settings
+from qwen_merge.overlays import engine, manifest
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("vlmeval") is None, reason="VLMEvalKit is not installed"),
+]
+
+REPOSITORY = Path(__file__).parents[2]
+MODEL = "Qwen-Merge-VL-4B-matched"  # small pictures stay small
+TABLE = "TinyChoices"
+ROWS = 12
+LETTERS = list("ABCD" * 3)
+COLOURS = ("red", "green", "blue", "black")
+
+
+def picture(number: int) -> str:
+    from PIL import Image
+
+    image = Image.new("RGB", (56 + 28 * (number % 3), 56), COLOURS[number % 4])
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def table(rows: int):
+    import pandas
+
+    return pandas.DataFrame(
+        {
+            "index": range(rows),
+            "question": [f"What colour is picture {number}?" for number in range(rows)],
+            **{letter: [colour] * rows for letter, colour in zip("ABCD", COLOURS, strict=True)},
+            "answer": LETTERS[:rows],
+            "category": ["colour"] * rows,
+            "image": [picture(number) for number in range(rows)],
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("lmu")
+    table(ROWS).to_csv(folder / f"{TABLE}.tsv", sep="\t", index=False)
+    table(4).to_csv(folder / "FewChoices.tsv", sep="\t", index=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """A folder with a copy of the installed VLMEvalKit that has the overlay."""
+    folder = tmp_path_factory.mktemp("site")
+    source = Path(next(iter(importlib.util.find_spec("vlmeval").submodule_search_locations)))
+    shutil.copytree(source, folder / "vlmeval", ignore=shutil.ignore_patterns("__pycache__"))
+    overlay = manifest.load("vlmevalkit")
+    engine.revert(overlay, folder / "vlmeval")
+    engine.apply(overlay, folder / "vlmeval")
+    return folder
+
+
+class Runs:
+    """Launches `python -m vlmeval.run` for one checkpoint."""
+
+    def __init__(self, site: Path, data: Path, model: Path):
+        self.site, self.data, self.model = site, data, model
+
+    def command(self, work: Path, *arguments: str, name: str = TABLE) -> list[str]:
+        return [
+            *(sys.executable, "-m", "vlmeval.run", "--data", name, "--model", MODEL, "--model-path", str(self.model)),
+            *("--work-dir", str(work), "--judge", "exact_matching", *arguments),
+        ]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        paths = (self.site, REPOSITORY / "src", *filter(None, [os.environ.get("PYTHONPATH")]))
+        kept = {k: v for k, v in os.environ.items() if k not in ("OPENAI_API_KEY", "QWEN_MERGE_ENDPOINT")}
+        return {**kept, "LMUData": str(self.data), "PYTHONPATH": os.pathsep.join(map(str, paths))}
+
+    def __call__(self, work: Path, *arguments: str, name: str = TABLE, timeout: float = 400, **environment: str):
+        return subprocess.run(
+            self.command(work, *arguments, name=name),
+            env={**self.environment, **environment},
+            cwd=work.parent,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+            timeout=timeout,
+        )
+
+
+@pytest.fixture(scope="module")
+def launch(site, data, untied) -> Runs:
+    return Runs(site, data, untied.merged)
+
+
+def lines(work: Path, name: str = TABLE) -> list[dict]:
+    file = work / MODEL / f"{MODEL}_{name}_responses.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def predictions(work: Path, name: str = TABLE) -> list[str]:
+    import pandas
+    from openpyxl.utils.escape import unescape
+
+    file = work / MODEL / f"{MODEL}_{name}.xlsx"
+    return [unescape(text) for text in pandas.read_excel(file, dtype=str, keep_default_na=False)["prediction"]]
+
+
+def accuracy(work: Path, name: str = TABLE) -> float:
+    import pandas
+
+    return float(pandas.read_csv(work / MODEL / f"{MODEL}_{name}_acc.csv")["Overall"][0])
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(launch, tmp_path_factory) -> Path:
+    """A sampled run, so that a resumed one proves that no answer depends on the ones before it."""
+    work = tmp_path_factory.mktemp("whole") / "work"
+    result = launch(work, "--max-new-tokens", "24")
+    assert result.returncode == 0, result.stdout[-3000:]
+    return work
+
+
+def test_every_question_is_asked_once_and_recorded_whole(uninterrupted):
+    asked = lines(uninterrupted)
+    assert len(asked) == len({line["key"] for line in asked}) == ROWS
+    assert all(1 <= line["tokens"] <= 24 and line["response"] for line in asked)
+    assert [line["answer"] for line in asked] == predictions(uninterrupted)
+    settings = json.loads((uninterrupted / MODEL / f"{MODEL}_{TABLE}_settings.json").read_text())
+    assert settings["model_type"] == "qwen2_5_vl_merge"
+    assert settings["backend"] == "transformers"
+    assert settings["settings"]["temperature"] == 0.6
+    assert settings["settings"]["max_pixels"] == 262144
+    assert settings["judge"] == "exact_matching"
+    assert settings["pins"]["transformers"] == "4.52.3"
+
+
+def test_killed_and_resumed_gives_the_same_answers_and_asks_only_the_missing(launch, uninterrupted, tmp_path):
+    work = tmp_path / "work"
+    process = subprocess.Popen(
+        launch.command(work, "--max-new-tokens", "24"),
+        env=launch.environment,
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 400
+        while len(lines(work)) < 3:
+            assert process.poll() is None, "ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    before = lines(work)
+    assert 3 <= len(before) < ROWS
+    result = launch(work, "--max-new-tokens", "24", "--reuse")
+    assert result.returncode == 0, result.stdout[-3000:]
+    after = lines(work)
+    assert after[: len(before)] == before
+    assert len(after) == ROWS, "a question was asked twice, or not at all"
+    assert predictions(work) == predictions(uninterrupted)
+    assert accuracy(work) == accuracy(uninterrupted)
+    refused = launch(work, "--max-new-tokens", "24", "--reuse", "--seed", "1")  # the control: other answers
+    assert refused.returncode == 2
+    assert "settings: seed was 0, is 1" in refused.stdout
+    assert "Traceback" not in refused.stdout
+    assert lines(work) == after
+
+
+def answers_by_hand(source: Path, work: Path, answers: list[str]) -> None:
+    """What a run that gave these answers leaves when it is killed before it writes a table."""
+    folder = work / MODEL
+    folder.mkdir(parents=True)
+    shutil.copy(source / MODEL / f"{MODEL}_{TABLE}_settings.json", folder)
+    changed = [{**line, "answer": answer} for line, answer in zip(lines(source), answers, strict=True)]
+    text = "".join(json.dumps(line) + "\n" for line in changed)
+    (folder / f"{MODEL}_{TABLE}_responses.jsonl").write_text(text)
+
+
+def test_known_answers_have_the_known_score(launch, uninterrupted, tmp_path):
+    wrong = {"A": "B", "B": "C", "C": "D", "D": "A"}
+    long = "because of this and that, " * 2000  # 52,000 characters, then the answer
+    nine_right = [
+        *LETTERS[:6],
+        *(f"{long}{letter}" for letter in LETTERS[6:8]),  # behind the cut that a spreadsheet would make
+        COLOURS["ABCD".index(LETTERS[8])],  # the option's text instead of its letter
+        wrong[LETTERS[9]],
+        "",  # an unfinished thought
+        "none of them",
+    ]
+    answers_by_hand(uninterrupted, tmp_path / "work", nine_right)
+    result = launch(tmp_path / "work", "--max-new-tokens", "24", "--reuse")
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert predictions(tmp_path / "work") == nine_right
+    assert accuracy(tmp_path / "work") == 9 / 12
+    # The control: one right answer less.
+    answers_by_hand(uninterrupted, tmp_path / "control", [wrong[LETTERS[0]], *nine_right[1:]])
+    launch(tmp_path / "control", "--max-new-tokens", "24", "--reuse")
+    assert accuracy(tmp_path / "control") == 8 / 12
+
+
+def test_both_back_ends_give_the_same_greedy_answers(launch, tmp_path):
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed")
+    found = {}
+    for backend, options in (("transformers", ()), ("vllm", ("--use-vllm",))):
+        work = tmp_path / backend
+        line = ("--temperature", "0", "--max-new-tokens", "24", *options)
+        result = launch(work, *line, name="FewChoices", VLLM_CPU_KVCACHE_SPACE="1")
+        assert result.returncode == 0, result.stdout[-3000:]
+        found[backend] = [(line["key"], line["response"], line["tokens"]) for line in lines(work, "FewChoices")]
+    assert len(found["vllm"]) == 4
+    assert len({response for _, response, _ in found["vllm"]}) > 1, "answers that are all alike prove nothing"
+    assert found["vllm"] == found["transformers"]
+
+
+# --- each kind of score, on answers by hand (in this process: VLMEvalKit's scoring needs no model) ---
+
+
+@pytest.fixture
+def scoring(monkeypatch, data):
+    """VLMEvalKit's data sets as `run.py --judge exact_matching` leaves them; undone afterwards."""
+    import pandas
+    import xlsxwriter.worksheet
+
+    from qwen_merge.evaluation import vlmevalkit
+
+    monkeypatch.setenv("LMUData", str(data))
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    from vlmeval.dataset import image_vqa
+
+    for owner, name in (
+        (xlsxwriter.worksheet.Worksheet, "__init__"),
+        (xlsxwriter.Workbook, "__init__"),
+        (pandas, "read_excel"),
+        (image_vqa, "build_judge"),
+        (image_vqa.MMVet, "evaluate"),
+        (image_vqa.LogicVista, "evaluate"),
+    ):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+    vlmevalkit.keep_whole_answers()
+    vlmevalkit.score_without_a_judge()
+    return image_vqa
+
+
+def score_of(dataset_class, name: str, folder: Path, columns: dict[str, list]):
+    import pandas
+    from vlmeval.smp import dump
+
+    folder.mkdir(parents=True, exist_ok=True)
+    file = str(folder / f"M_{name}.xlsx")
+    rows = len(columns["prediction"])
+    dump(pandas.DataFrame({"index": range(rows), "question": ["?"] * rows, **columns}), file)
+    dataset = dataset_class.__new__(dataset_class)  # its table would be downloaded
+    dataset.dataset_name = name
+    return dataset.evaluate(file, model="exact_matching", nproc=1)
+
+
+def test_short_answers(scoring, tmp_path):
+    columns = {"answer": ["12", "yes", "red"], "prediction": ["12.3", "no", "red"], "split": ["test"] * 3}
+    score = score_of(scoring.ImageVQADataset, "ChartQA_TEST", tmp_path / "a", columns)  # 12.3 is within 5 %
+    assert round(float(score["Overall"].iloc[0]), 2) == 66.67
+    columns["prediction"][2] = "blue"
+    score = score_of(scoring.ImageVQADataset, "ChartQA_TEST", tmp_path / "b", columns)
+    assert round(float(score["Overall"].iloc[0]), 2) == 33.33
+
+
+def test_text_in_pictures(scoring, tmp_path):
+    columns = {
+        "answer": ["['stop']", "['go']"],
+        "prediction": ["It says STOP.", ""],
+        "category": ["Scene Text-centric VQA"] * 2,
+    }
+    assert score_of(scoring.OCRBench, "OCRBench", tmp_path / "a", columns)["Final Score"] == 1
+    columns["prediction"][0] = "It says go."
+    assert score_of(scoring.OCRBench, "OCRBench", tmp_path / "b", columns)["Final Score"] == 0
+
+
+def test_mathematics_without_a_judge(scoring, tmp_path):
+    columns = {
+        "answer": ["4", "B", "3"],
+        "prediction": ["4", "(B)", "five"],
+        "question_type": ["free_form", "multi_choice", "free_form"],
+        "answer_type": ["integer", "text", "integer"],
+        "choices": ["[]", "['1', '2', '3']", "[]"],
+        "answer_option": ["", "B", ""],
+        "task": ["t"] * 3,
+        "skills": ["['arithmetic reasoning']"] * 3,
+    }
+
+    def overall(folder: str) -> float:
+        score = score_of(scoring.MathVista, "MathVista_MINI", tmp_path / folder, columns)
+        return float(score.loc[score["Task&Skill"] == "Overall", "acc"].iloc[0])
+
+    right = overall("a")
+    columns["prediction"][0] = "5"
+    assert right - overall("b") == pytest.approx(100 / 3, abs=0.1)
+
+
+@pytest.mark.parametrize("name", ["MMVet", "LogicVista"])
+def test_what_only_a_judge_can_score_gets_no_number(scoring, tmp_path, name):
+    from qwen_merge.errors import UserError
+
+    with pytest.raises(UserError, match="has no score under exact matching"):
+        score_of(getattr(scoring, name), name, tmp_path, {"answer": ["a"], "prediction": ["a"]})
+
+
+# --- a served model ---
+
+
+@pytest.fixture
+def server():
+    """An OpenAI-compatible server whose replies are taken from a list; keeps the requests."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def reply(self, status: int, body: dict) -> None:
+            content = json.dumps(body).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def do_GET(self):
+            self.reply(200, {"data": [{"id": "tiny", "max_model_len": 4096}]})
+
+        def do_POST(self):
+            self.server.requests.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.reply(*self.server.replies.pop(0))
+
+        def log_message(self, *_):
+            pass
+
+    found = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    found.requests, found.replies = [], []
+    thread = threading.Thread(target=found.serve_forever, daemon=True)
+    thread.start()
+    yield found
+    found.shutdown()
+    found.server_close()
+
+
+def completion(**message) -> tuple[int, dict]:
+    return 200, {"choices": [{"message": message}], "usage": {"completion_tokens": 5}}
+
+
+def served(server, work: Path, **options):
+    from qwen_merge.evaluation.served import QwenMergeAPI
+
+    address = f"http://127.0.0.1:{server.server_port}/v1"
+    return QwenMergeAPI(address, records=Records(work, "M", reuse=True), wait=0, retry=3, **options)
+
+
+def test_a_served_model_is_asked_the_same_way(server, tmp_path):
+    shown = tmp_path / "picture.png"
+    shown.write_bytes(base64.b64decode(picture(0)))
+    message = [{"type": "image", "value": str(shown)}, {"type": "text", "value": "What colour?"}]
+    model = served(server, tmp_path)
+    server.replies = [completion(content="<think>red or blue</think>It is \\boxed{red}.")]
+    assert model.generate(message, dataset="D") == "red"
+    (request,) = server.requests
+    assert request["model"] == "tiny"
+    assert request["mm_processor_kwargs"] == {"min_pixels": 1003520, "max_pixels": 12845056}
+    assert {k: request[k] for k in ("temperature", "top_p", "top_k")} == {
+        "temperature": 0.6,
+        "top_p": 0.95,
+        "top_k": 20,
+    }
+    sent = request["messages"][0]["content"]
+    assert base64.b64decode(sent[0]["image_url"]["url"].split(",")[1]) == shown.read_bytes()
+    assert sent[1] == {"type": "text", "text": "What colour?"}
+    (line,) = [json.loads(text) for text in (tmp_path / "M/M_D_responses.jsonl").read_text().splitlines()]
+    assert request["seed"] == Settings().seed_of(line["key"])
+    assert (line["closed"], line["answer"], line["tokens"]) == (True, "red", 5)
+    # Asked again, by another process say, nothing is sent.
+    assert served(server, tmp_path).generate(message, dataset="D") == "red"
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("message", "answer", "closed"),
+    [
+        ({"reasoning_content": "red or blue", "content": "red"}, "red", True),
+        ({"reasoning_content": "red or", "content": None}, "", False),
+        ({"content": "<think>red or"}, "", False),
+        ({"content": "red"}, "red", None),
+    ],
+)
+def test_thoughts_of_a_served_model(server, tmp_path, message, answer, closed):
+    server.replies = [completion(**message)]
+    assert served(server, tmp_path).generate([{"type": "text", "value": "?"}], dataset="D") == answer
+    (line,) = [json.loads(text) for text in (tmp_path / "M/M_D_responses.jsonl").read_text().splitlines()]
+    assert line["closed"] is closed
+    assert len(server.requests) == 1, "an empty answer is an answer"
+
+
+def test_a_server_that_fails_leaves_the_question_open(server, tmp_path):
+    model = served(server, tmp_path)
+    server.replies = [(500, {}), (500, {}), (500, {})]
+    assert "Failed to obtain answer" in model.generate([{"type": "text", "value": "?"}], dataset="D")
+    assert not (tmp_path / "M/M_D_responses.jsonl").exists()
+    server.replies = [(500, {}), completion(content="B")]
+    assert model.generate([{"type": "text", "value": "?"}], dataset="D") == "B"
+
+
+def test_an_answer_that_does_not_fit_the_context_is_asked_for_shorter(server, tmp_path):
+    said = "maximum context length is 4096 tokens. However, you requested 4195 tokens (100 in the messages, 4095 in the"
+    server.replies = [(400, {"message": said}), completion(content="B")]
+    assert served(server, tmp_path).generate([{"type": "text", "value": "?"}], dataset="D") == "B"
+    assert [request["max_tokens"] for request in server.requests] == [4095, 3996]
+
+
+# --- the overlay by its effects ---
+
+
+@pytest.fixture(params=["installed", "checkout"])
+def upstream(request, site, tmp_path) -> Path:
+    """A folder with VLMEvalKit as it was shipped."""
+    root = tmp_path / "root"
+    if request.param == "installed":
+        shutil.copytree(site, root, ignore=shutil.ignore_patterns("__pycache__"))
+    else:
+        checkout = os.environ.get("QWEN_MERGE_VLMEVALKIT_CHECKOUT")
+        if not checkout:
+            pytest.skip("QWEN_MERGE_VLMEVALKIT_CHECKOUT is not set")
+        shutil.copytree(checkout, root, ignore=shutil.ignore_patterns("__pycache__", ".git"))
+    engine.revert(manifest.load("vlmevalkit"), root / "vlmeval")
+    return root
+
+
+def test_the_overlay_is_applied_verified_and_reverted_to_the_byte(upstream):
+    def overlay(action: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-m", "qwen_merge.cli", "overlay", action, "vlmevalkit", "--root", str(upstream)],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=400,
+        )
+
+    def contents() -> dict[str, bytes]:
+        files = (path for path in upstream.rglob("*") if path.is_file() and path.suffix != ".pyc")
+        return {str(path.relative_to(upstream)): path.read_bytes() for path in files}
+
+    original = contents()
+    assert overlay("verify").returncode == 1  # the control: nothing is applied
+    assert overlay("apply").returncode == 0
+    assert contents() != original
+    verified = overlay("verify")
+    assert verified.returncode == 0, verified.stdout + verified.stderr[-2000:]
+    assert verified.stdout.count("  ok  ") == 3
+    assert overlay("revert").returncode == 0
+    assert contents() == original
