@@ -16,7 +16,9 @@ from qwen_merge.errors import UserError
 COMMAND_MODULES = (
     "qwen_merge.merger.command",
     "qwen_merge.overlays.command",
+    "qwen_merge.chat.command",
     "qwen_merge.demo.command",
+    "qwen_merge.report.command",
     "qwen_merge.bench.command",
 )
 

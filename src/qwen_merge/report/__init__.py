@@ -1,0 +1,1 @@
+"""One page that says what a model reached, under which settings, and how that compares with the published table."""
