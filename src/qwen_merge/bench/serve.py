@@ -23,6 +23,7 @@ SHAPE = {
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
     "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
     "rope_theta": 1_000_000.0,
     "tie_word_embeddings": True,
 }

@@ -127,7 +127,13 @@ class InProcess:
 
         def generate() -> None:
             try:
-                self.model.generate(**inputs, **sampling, max_new_tokens=self.settings.max_tokens, streamer=streamer)
+                self.model.generate(
+                    **inputs,
+                    **sampling,
+                    max_new_tokens=self.settings.max_tokens,
+                    suppress_tokens=[self.model.config.image_token_id, self.model.config.video_token_id],
+                    streamer=streamer,
+                )
             except BaseException as error:  # handed over to the thread that waits for text
                 failures.append(error)
                 streamer.end()

@@ -202,7 +202,7 @@ def check_overlays() -> None:
     """The stages need a LLaMA-Factory that knows the architecture; better said now than after minutes."""
     from qwen_merge.overlays import engine, manifest
 
-    for upstream in manifest.UPSTREAMS:
+    for upstream in ("transformers", "llamafactory"):
         files = engine.plan(manifest.load(upstream), manifest.find_package(upstream, None))
         if {file.state for file in files} != {engine.State.APPLIED}:
             raise UserError(f"the overlay for {upstream} is not applied here; run: qwen-merge overlay apply")
