@@ -38,7 +38,11 @@ class Server:
             self.process = subprocess.Popen(
                 ["bash", "scripts/serve.sh", checkpoint, "--port", str(self.port), *options],
                 cwd=REPOSITORY,
-                env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+                env={
+                    **os.environ,
+                    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+                    "VLLM_CPU_KVCACHE_SPACE": "1",
+                },
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -68,7 +72,23 @@ class Server:
     def ask(self, *content: dict | str, **options) -> requests.Response:
         parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
         body = {"model": "served", "messages": [{"role": "user", "content": parts}], "temperature": 0, "max_tokens": 24}
-        return requests.post(f"{self.url}/v1/chat/completions", json={**body, **options}, timeout=120)
+        stream = bool(options.get("stream"))  # else requests reads the whole answer before it returns
+        return requests.post(f"{self.url}/v1/chat/completions", json={**body, **options}, timeout=120, stream=stream)
+
+    def complete(self, prompt) -> requests.Response:
+        body = {"model": "served", "prompt": prompt, "max_tokens": 4, "temperature": 0}
+        return requests.post(f"{self.url}/v1/completions", json=body, timeout=120)
+
+    def running(self) -> float:
+        """Requests the engine works on now."""
+        lines = requests.get(f"{self.url}/metrics", timeout=10).text.splitlines()
+        return next(float(line.split()[-1]) for line in lines if line.startswith("vllm:num_requests_running"))
+
+    def wait_for_running(self, wanted) -> None:
+        end = time.monotonic() + 30
+        while not wanted(self.running()):
+            assert time.monotonic() < end, f"{self.running()} requests are running"
+            time.sleep(0.05)
 
     def answer(self, *content: dict | str, **options) -> dict:
         response = self.ask(*content, **options)
@@ -125,7 +145,8 @@ def test_an_answer_equals_transformers_greedy_one(server, untied):
     for thinking in (True, False):
         text = processor.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=thinking)
         inputs = processor(text=[text], images=[Image.open(io.BytesIO(png()))], return_tensors="pt")
-        never_said = [model.config.image_token_id, model.config.video_token_id]
+        config = model.config
+        never_said = [config.image_token_id, config.video_token_id, config.vision_start_token_id]
         generated = model.generate(**inputs, max_new_tokens=24, do_sample=False, suppress_tokens=never_said)
         ids = generated[0, inputs.input_ids.shape[1] :]
         expected = processor.tokenizer.decode(ids, skip_special_tokens=True)
@@ -206,15 +227,46 @@ def test_a_budget_that_is_not_reached_changes_nothing(server, untied):
     assert server.answer("What?", chat_template_kwargs={**closed, "thinking_budget": 3})["choices"][0] == plain
 
 
+def test_a_budget_leaves_room_for_pictures(server, tokens):
+    """vLLM reckons the room for an answer with the prompt before its pictures are expanded; this one has 400 tokens."""
+    big = data_url(png((560, 560)))
+    bias = {str(tokens("<think>")[0]): 100}
+    for budget in (300, 520, 800):
+        reply = server.answer(
+            big, "Why?", max_tokens=None, logit_bias=bias, chat_template_kwargs={"thinking_budget": budget}
+        )
+        usage, choice = reply["usage"], reply["choices"][0]
+        assert usage["prompt_tokens"] > 400
+        assert usage["total_tokens"] <= CONTEXT
+        assert choice["finish_reason"] == "length"
+        assert (SENTENCE in choice["message"]["reasoning_content"]) == (budget == 300)
+
+
+def test_a_thought_that_opens_late_is_not_begun(server, tokens):
+    """Budget 0, and the first token is no <think>: a thought that nobody counts must not begin behind it."""
+    bias = {str(tokens("a")[0]): 90, str(tokens("<think>")[0]): 89.5}
+    options = {"logit_bias": bias, "max_tokens": 60, "temperature": 1, "seed": 1}
+    free = server.answer("Why?", **options)["choices"][0]["message"]
+    assert "<think>" in f"{free['content']}{free['reasoning_content']}"  # control
+    kept = server.answer("Why?", **options, chat_template_kwargs={"thinking_budget": 0})["choices"][0]["message"]
+    assert "<think>" not in (kept["content"] or "") or kept["reasoning_content"] is not None
+
+
 # --- what goes wrong ---
 
 
-def test_an_answer_never_holds_a_placeholder(server, tokens):
+@pytest.mark.parametrize("token", ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>"])
+def test_an_answer_never_holds_a_placeholder(server, tokens, token):
     """One in anybody's answer would stop the engine for everybody: it counts them over the whole batch."""
-    wanted = {str(token): 100 for token in tokens("<|image_pad|>", "<|video_pad|>")}
-    for _ in range(2):
-        reply = server.answer(PICTURE, "What is it?", logit_bias=wanted, max_tokens=8)
-        assert "_pad|>" not in reply["choices"][0]["message"]["content"]
+    other = "<|box_start|>"
+    options = {"skip_special_tokens": False, "max_tokens": 200, "ignore_eos": True}
+    options["logit_bias"] = {str(tokens(token)[0]): 100, str(tokens(other)[0]): 50}
+    with ThreadPoolExecutor(9) as pool:
+        long = pool.submit(server.answer, "What is it?", **options)
+        beside = list(pool.map(lambda i: server.ask(data_url(png(colour=(i, i, i))), "What?").status_code, range(8)))
+        content = long.result()["choices"][0]["message"]["content"]
+    assert beside == [200] * 8
+    assert content == other * 200  # control: another special token, wanted half as much, is said
 
 
 BAD = {
@@ -239,6 +291,43 @@ BAD = {
     ),
     "another scheme": ([{"type": "image_url", "image_url": {"url": "ftp://a.b/c.png"}}], {}, "HTTP, data or file"),
     "too many pictures": ([PICTURE] * 3, {}, "At most 2 image(s)"),
+    "features instead of a picture": (
+        [{"type": "image_embeds", "image_embeds": base64.b64encode(b"not a tensor").decode()}],
+        {},
+        "image_embeds are not accepted",
+    ),
+    "a video that does not decode": (
+        [{"type": "video_url", "video_url": {"url": "data:video/mp4;base64,aGVsbG8="}}],
+        {},
+        "Could not open video stream",
+    ),
+    "a picture scaled beyond all measure": (
+        [PICTURE],
+        {"mm_processor_kwargs": {"min_pixels": 4_000_000_000, "max_pixels": 4_000_000_000}},
+        "min_pixels is 4000000000; expected 1 to 12,845,056 pixels",
+    ),
+    "a prompt that opens a picture and ends": (
+        [],
+        {
+            "messages": [
+                {"role": "user", "content": "Go on."},
+                {"role": "assistant", "content": "I see <|vision_start|>"},
+            ],
+            "add_generation_prompt": False,
+            "continue_final_message": True,
+        },
+        "no picture follows",
+    ),
+    "a budget and a grammar": (
+        [],
+        {"chat_template_kwargs": {"thinking_budget": 9}, "response_format": {"type": "json_object"}},
+        "cannot be combined with guided decoding",
+    ),
+    "a budget and beams": (
+        [],
+        {"chat_template_kwargs": {"thinking_budget": 9}, "use_beam_search": True, "n": 2},
+        "cannot be combined with use_beam_search",
+    ),
     "a placeholder in the text": ([PICTURE, "<|image_pad|> and"], {}, "2 image placeholder(s) for 1 image(s)"),
     "a placeholder without a picture": (["<|video_pad|>"], {}, "1 video placeholder(s) for 0 video(s)"),
     "too long a prompt": (["word " * CONTEXT], {}, f"maximum context length is {CONTEXT} tokens"),
@@ -252,6 +341,18 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize(
+    "prompt",
+    ["x<|vision_start|>", "<|image_pad|> here", [[1, 2, 3], [-1]]],
+    ids=["opened picture", "placeholder", "negative id"],
+)
+def test_bad_completions_are_answered_400_and_the_server_goes_on(server, prompt):
+    response = server.complete(prompt)
+    assert response.status_code == 400, response.text[:500]
+    assert server.complete("x").status_code == 200
+    assert server.ask(PICTURE, "What is it?").status_code == 200
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_bad_requests_are_answered_400_and_the_server_goes_on(server, case):
     content, options, message = BAD[case]
@@ -261,20 +362,30 @@ def test_bad_requests_are_answered_400_and_the_server_goes_on(server, case):
     assert server.ask("Are you there?").status_code == 200
 
 
-def test_a_client_that_leaves_does_not_stop_the_others(server):
+@pytest.mark.parametrize("when", ["an answer", "a thought", "an answer after a budget"])
+def test_a_client_that_leaves_is_forgotten_and_the_others_go_on(server, tokens, when):
     expected = server.answer(PICTURE, "What is it?")["choices"]
-    for budget in ({}, {"chat_template_kwargs": {"thinking_budget": 4}}):
-        with server.ask("Tell a long story.", stream=True, max_tokens=900, ignore_eos=True, **budget) as stream:
-            next(stream.iter_lines())
+    options = {"stream": True, "max_tokens": 900, "ignore_eos": True}
+    if when != "an answer":
+        options |= {
+            "logit_bias": {str(tokens("<think>")[0]): 100, str(tokens("a")[0]): 100},
+            "temperature": 1,
+            "seed": 3,
+        }
+        options["chat_template_kwargs"] = {"thinking_budget": 800 if when == "a thought" else 5}
+    wanted = SENTENCE if when == "an answer after a budget" else '"delta"'
+    with server.ask("Tell a long story.", **options) as stream:
+        lines = map(bytes.decode, stream.iter_lines())  # kept: the client leaves when the iterator goes
+        while wanted not in (line := next(lines)):
+            pass
+        request = json.loads(line.removeprefix("data: "))["id"] + ("-answer" if SENTENCE in wanted else "")
+        server.wait_for_running(lambda number: number >= 1)
+        assert f"Request {request} aborted" not in server.log.read_text()  # control: it is at work
+    end = time.monotonic() + 30
+    while f"Request {request} aborted" not in server.log.read_text():
+        assert time.monotonic() < end, "the engine still works for a client that has left"
+        time.sleep(0.1)
     assert server.answer(PICTURE, "What is it?")["choices"] == expected
-    end = time.monotonic() + 30  # the abandoned requests are aborted, not run to their end
-    while time.monotonic() < end:
-        running = [line for line in requests.get(f"{server.url}/metrics", timeout=10).text.splitlines()
-                   if line.startswith("vllm:num_requests_running")]  # fmt: skip
-        if running and running[0].endswith(" 0.0"):
-            return
-        time.sleep(0.5)
-    raise AssertionError(f"still running: {running}")
 
 
 def test_two_hundred_requests_at_once_are_all_answered(server):
@@ -326,3 +437,48 @@ def test_serving_something_else_is_refused(tmp_path, untied):
             ["bash", "scripts/serve.sh", tmp_path / folder], cwd=REPOSITORY, capture_output=True, text=True, check=False
         )
         assert (result.returncode, message in result.stderr) == (2, True), result.stderr
+
+
+REDIRECT = """
+import asyncio, http.server, threading
+from qwen_merge.overlays.vllm import media
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(302 if self.path == "/away" else 200)
+        self.send_header("Location", f"http://127.0.0.2:{self.server.server_port}/inside")
+        self.end_headers()
+        if self.path != "/away":
+            self.wfile.write(b"x" * 2000 if self.path == "/long" else b"a file")
+
+server = http.server.ThreadingHTTPServer(("0.0.0.0", 0), Handler)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+media.is_public = lambda address: address == "127.0.0.1"  # one loopback address plays the internet, the others stay
+media.MAX_BYTES = 1000
+connection = media._limited_connector_class()().connection
+
+async def main():
+    for path in ("/", "/away", "/long"):
+        try:
+            print(path, await connection.async_get_bytes(f"http://127.0.0.1:{server.server_port}{path}", timeout=9))
+        except ValueError as error:
+            print(path, str(error).replace(str(server.server_port), "PORT"))
+
+asyncio.run(main())
+"""
+
+
+def test_a_redirect_to_a_private_address_is_not_followed():
+    result = subprocess.run(
+        [sys.executable, "-c", REDIRECT],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY / "src")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    said = [line for line in result.stdout.splitlines() if line.startswith("/")]
+    assert said[0] == "/ b'a file'"  # control: the first address is fetched from
+    assert said[1].startswith("/away the media URL's host 127.0.0.2 has the address 127.0.0.2, which is not public")
+    assert said[2] == "/long the file at http://127.0.0.1:PORT/long has more than 1,000 bytes."

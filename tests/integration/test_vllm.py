@@ -62,7 +62,8 @@ def by_transformers(checkpoint: Path, requests: dict[str, dict], adapter: Path |
             return_tensors="pt",
         )
         # vLLM's model never says a placeholder (see its compute_logits).
-        never_said = [model.config.image_token_id, model.config.video_token_id]
+        config = model.config
+        never_said = [config.image_token_id, config.video_token_id, config.vision_start_token_id]
         generated = model.generate(**inputs, max_new_tokens=16, do_sample=False, suppress_tokens=never_said)
         tokens[name] = generated[0, inputs.input_ids.shape[1] :].tolist()
     return tokens
@@ -74,7 +75,13 @@ def by_vllm(jobs: list[dict], folder: Path, **variables: str) -> dict[str, list[
     result = subprocess.run(
         [sys.executable, "tests/vllm_jobs.py", folder / "jobs.json", folder / "answers.json"],
         cwd=REPOSITORY,
-        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PYTHONPATH": "src:tests", **variables},
+        env={
+            **os.environ,
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "PYTHONPATH": "src:tests",
+            **variables,
+        },
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

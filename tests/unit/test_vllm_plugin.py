@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from qwen_merge.overlays.vllm import libstdcxx
-from qwen_merge.overlays.vllm.chat import check_placeholders
+from qwen_merge.overlays.vllm.chat import check_processor_options, check_tokens
 from qwen_merge.overlays.vllm.media import check_address, check_size
 from qwen_merge.overlays.vllm.thinking_budget import Marks
 
@@ -47,6 +47,14 @@ def test_the_last_turn_says_how_a_thought_stands(token_ids, state):
         ("fe80::1%eth0", False),
         ("fd00::1", False),
         ("::ffff:127.0.0.1", False),
+        ("::ffff:8.8.8.8", True),
+        ("64:ff9b::a9fe:a9fe", False),  # NAT64 of 169.254.169.254
+        ("64:ff9b::808:808", True),
+        ("2002:7f00:1::", False),  # 6to4 of 127.0.0.1
+        ("::127.0.0.1", False),
+        ("fec0::1", False),
+        ("224.0.0.1", False),
+        ("ff0e::1", False),
     ],
 )
 def test_only_public_addresses_are_fetched_from(address, public, monkeypatch):
@@ -65,19 +73,55 @@ def test_the_size_of_pictures_is_bounded(monkeypatch):
     check_size((8000, 8000))
     with pytest.raises(ValueError, match=r"8000 x 8001 = 64,008,000 pixels; at most 64,000,000"):
         check_size((8000, 8001))
+    check_size((4000, 4000), video=True)
+    with pytest.raises(ValueError, match=r"a video has .* at most 16,000,000"):
+        check_size((4000, 4001), video=True)
     monkeypatch.setenv("QWEN_MERGE_MAX_IMAGE_PIXELS", "100")
     with pytest.raises(ValueError, match="at most 100 are allowed"):
         check_size((11, 10))
+    monkeypatch.setenv("QWEN_MERGE_MAX_IMAGE_PIXELS", "1e6")
+    with pytest.raises(ValueError, match="expected a whole number of pixels"):
+        check_size((1, 1))
 
 
-def test_placeholders_are_counted():
-    config = SimpleNamespace(image_token_id=5, video_token_id=6)
-    check_placeholders(config, {"prompt_token_ids": [1, 2]})
-    check_placeholders(config, {"prompt_token_ids": [1, 5, 5], "multi_modal_data": {"image": ["a", "b"]}})
-    check_placeholders(config, {"prompt_token_ids": [5, 6], "multi_modal_data": {"image": "a", "video": ["b"]}})
-    for token_ids, media in (([5], {}), ([5, 5], {"image": ["a"]}), ([1], {"image": ["a"]}), ([6], {"image": ["a"]})):
-        with pytest.raises(ValueError, match="placeholder"):
-            check_placeholders(config, {"prompt_token_ids": token_ids, "multi_modal_data": media})
+CONFIG = SimpleNamespace(image_token_id=5, video_token_id=6, vision_start_token_id=7)
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "media"),
+    [
+        ([1, 2], {}),
+        ([], {}),
+        ([1, 5, 5], {"image": ["a", "b"]}),
+        ([5, 6], {"image": "a", "video": ["b"]}),
+        ([7, 5, 8], {"image": ["a"]}),
+    ],
+)
+def test_prompts_with_a_placeholder_a_picture_pass(token_ids, media):
+    check_tokens(CONFIG, {"prompt_token_ids": token_ids, "multi_modal_data": media})
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "media", "said"),
+    [
+        ([5], {}, r"1 image placeholder\(s\) for 0 image\(s\)"),
+        ([5, 5], {"image": ["a"]}, r"2 image placeholder\(s\) for 1"),
+        ([1], {"image": ["a"]}, r"0 image placeholder\(s\) for 1"),
+        ([6], {"image": ["a"]}, "image placeholder"),
+        ([1, 7], {}, "no picture follows"),
+        ([-1, 2], {}, "token id -1"),
+    ],
+)
+def test_prompts_that_would_stop_the_engine_are_refused(token_ids, media, said):
+    with pytest.raises(ValueError, match=said):
+        check_tokens(CONFIG, {"prompt_token_ids": token_ids, "multi_modal_data": media})
+
+
+def test_pictures_are_not_scaled_beyond_what_was_made_room_for():
+    check_processor_options({"min_pixels": 100, "max_pixels": 1000, "fps": 9999, "size": {"longest_edge": 1000}}, 1000)
+    for options in ({"max_pixels": 1001}, {"min_pixels": 0}, {"max_pixels": "9"}, {"size": {"longest_edge": 4000}}):
+        with pytest.raises(ValueError, match="expected 1 to 1,000 pixels"):
+            check_processor_options(options, 1000)
 
 
 # --- the mend for an older libstdc++ ---

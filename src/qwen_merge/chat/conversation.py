@@ -122,6 +122,7 @@ class InProcess:
             "top_p": None if greedy else self.settings.top_p,
             "top_k": None if greedy else self.settings.top_k,
         }
+        config = self.model.config  # an answer holds no placeholder of a picture, as in vLLM
         torch.manual_seed(self.settings.seed)
         failures: list[BaseException] = []
 
@@ -131,7 +132,7 @@ class InProcess:
                     **inputs,
                     **sampling,
                     max_new_tokens=self.settings.max_tokens,
-                    suppress_tokens=[self.model.config.image_token_id, self.model.config.video_token_id],
+                    suppress_tokens=[config.image_token_id, config.video_token_id, config.vision_start_token_id],
                     streamer=streamer,
                 )
             except BaseException as error:  # handed over to the thread that waits for text
@@ -167,6 +168,7 @@ class Endpoint:
             ) from error
 
     def answer(self, messages: list[dict]) -> Iterator[tuple[str, str]]:
+        import httpx
         import openai
 
         template: dict[str, bool | int] = {"enable_thinking": self.settings.thinking}
@@ -192,6 +194,8 @@ class Endpoint:
             yield from splitter.flush()
         except openai.OpenAIError as error:
             raise UserError(f"the server refused the request: {error}") from error
+        except httpx.HTTPError as error:
+            raise UserError(f"the server broke off in the middle of the answer: {error}") from error
 
 
 def _as_data_urls(message: dict) -> dict:

@@ -73,7 +73,8 @@ class Transformers:
             **({"device_map": "auto"} if gpu else {}),
         ).eval()
         # As in vLLM (see compute_logits there): an answer holds no placeholder of a picture or a video.
-        self.never_said = [self.model.config.image_token_id, self.model.config.video_token_id]
+        config = self.model.config
+        self.never_said = [config.image_token_id, config.video_token_id, config.vision_start_token_id]
 
     def generate(self, prompt: Prompt, seed: int) -> Sequence[int]:
         import torch

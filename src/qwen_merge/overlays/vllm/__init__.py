@@ -30,4 +30,4 @@ def register() -> None:
     media.hook()
     reasoning.register()
     thinking_budget.hook()
-    chat.hook_counting()
+    chat.hook_checks()

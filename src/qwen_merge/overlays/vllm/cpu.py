@@ -12,7 +12,6 @@ Two things, both so that the engine that answers on a CPU is V1, the one that se
 """
 
 import copy
-import os
 import sys
 from functools import wraps
 from pathlib import Path
@@ -28,8 +27,6 @@ def prepare() -> None:
         return
     if KERNELS.is_dir() and str(KERNELS) not in sys.path:
         sys.path.append(str(KERNELS))
-    # Its default of 4 GiB is taken at start, wanted or not.
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     _accept_float32()
 
 

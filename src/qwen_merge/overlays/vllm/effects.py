@@ -51,13 +51,18 @@ def pictures_and_videos_have_placeholders() -> None:
         _require(seen == f"<|vision_start|>{token}<|vision_end|>", f"{modality}: {seen}")
 
 
-def requests_may_have_a_thinking_budget() -> None:
+def requests_have_limits_and_may_have_a_thinking_budget() -> None:
+    from vllm.entrypoints.chat_utils import AsyncMultiModalContentParser
     from vllm.entrypoints.openai.protocol import ChatCompletionRequest
     from vllm.reasoning import ReasoningParserManager
+    from vllm.v1.engine.async_llm import AsyncLLM
 
     from qwen_merge.overlays.vllm import reasoning
 
     _require(reasoning.NAME in ReasoningParserManager.reasoning_parsers, "no reasoning parser of this kit's")
+    for flag in ("knows_thinking_budget", "checks_prompts"):
+        _require(flag in AsyncLLM.generate.__dict__, f"vLLM's engine client is not hooked ({flag})")
+    _require("limits_media" in AsyncMultiModalContentParser.__init__.__dict__, "media of requests are not limited")
     for options, expected in (({"thinking_budget": 7}, {"thinking_budget": 7}), ({}, None)):
         request = ChatCompletionRequest(messages=[], model="any", chat_template_kwargs=options)
         seen = request.to_sampling_params(16, None).extra_args
@@ -82,6 +87,6 @@ CHECKS: tuple[Callable[[], None], ...] = (
     the_plug_in_is_found_and_loads_twice,
     the_class_that_answers_is_this_kits,
     pictures_and_videos_have_placeholders,
-    requests_may_have_a_thinking_budget,
+    requests_have_limits_and_may_have_a_thinking_budget,
     the_kernels_load,
 )

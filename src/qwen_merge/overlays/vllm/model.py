@@ -100,15 +100,17 @@ class Qwen2_5_VL_MergeForConditionalGeneration(Qwen2_5_VLForConditionalGeneratio
             architectures=["Qwen3ForCausalLM"],
         )
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
-        self.never_said = [config.image_token_id, config.video_token_id]
+        self.never_said = (config.image_token_id, config.video_token_id, config.vision_start_token_id)
 
     def compute_logits(self, hidden_states: Tensor, sampling_metadata) -> Tensor | None:
         """(tokens, width) -> (tokens, vocabulary); None on ranks that do not sample.
 
         A model never says a picture's or a video's placeholder: vLLM finds the places for the features of a whole batch
-        by these ids, and one more of them, in anybody's answer, stops the engine for everybody.
+        by these ids, and one more of them, in anybody's answer, stops the engine for everybody. Nor what opens a
+        picture, which must not be a prompt's last token. (So `prompt_logprobs` knows no probability for them.)
         """
         logits = super().compute_logits(hidden_states, sampling_metadata)
         if logits is not None:
-            logits[..., self.never_said] = float("-inf")
+            for token in self.never_said:  # one by one: a list would be copied to the GPU, which waits for it
+                logits[..., token] = float("-inf")
         return logits

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
+from qwen_merge.overlays.vllm import MODEL_TYPE
+
 OPTION = "thinking_budget"
 # The sentence of the Qwen3 report, in the form of Qwen3's model card: the thought it ends is never mid-sentence text
 # of the answer, and the blank line is what the model was trained to see before an answer.
@@ -34,20 +36,28 @@ def hook() -> None:
     if "knows_thinking_budget" in AsyncLLM.generate.__dict__:
         return
     to_sampling_params, generate = ChatCompletionRequest.to_sampling_params, AsyncLLM.generate
+    to_beam_search_params = ChatCompletionRequest.to_beam_search_params
 
     @wraps(to_sampling_params)
     def to_sampling_params_with_budget(self, *args, **kwargs):
         params = to_sampling_params(self, *args, **kwargs)
-        budget = requested_budget(self)
+        budget = (self.chat_template_kwargs or {}).get(OPTION)
         if budget is not None:
             params.extra_args = {**(params.extra_args or {}), OPTION: budget}
         return params
 
+    @wraps(to_beam_search_params)
+    def to_beam_search_params_without_budget(self, *args, **kwargs):
+        if (self.chat_template_kwargs or {}).get(OPTION) is not None:
+            raise ValueError(f"{OPTION} cannot be combined with use_beam_search; leave one of them out.")
+        return to_beam_search_params(self, *args, **kwargs)
+
     @wraps(generate)
     def generate_within_budget(self, prompt, sampling_params, request_id, *args, **kwargs):
-        budget = (sampling_params.extra_args or {}).get(OPTION)
-        if budget is None:
+        asked = OPTION in (sampling_params.extra_args or {})
+        if not asked or self.model_config.hf_config.model_type != MODEL_TYPE:
             return generate(self, prompt, sampling_params, request_id, *args, **kwargs)
+        budget = checked_budget(sampling_params)
 
         def start(prompt, params, request_id):
             return generate(self, prompt, params, request_id, *args, **kwargs)
@@ -56,35 +66,32 @@ def hook() -> None:
 
     generate_within_budget.__dict__["knows_thinking_budget"] = True
     ChatCompletionRequest.to_sampling_params = to_sampling_params_with_budget
+    ChatCompletionRequest.to_beam_search_params = to_beam_search_params_without_budget
     AsyncLLM.generate = generate_within_budget
 
 
-def requested_budget(request) -> int | None:
-    """The option of a chat request, or None.
+def checked_budget(params) -> int:
+    """The option, from the sampling parameters of a request that has it.
 
     Raises:
         ValueError: not a whole number, or beside an option that it cannot be combined with; the server answers 400.
     """
-    from vllm import envs
-
-    budget = (request.chat_template_kwargs or {}).get(OPTION)
-    if budget is None:
-        return None
+    budget = params.extra_args[OPTION]
     if isinstance(budget, bool) or not isinstance(budget, int) or budget < 0:
         raise ValueError(f"{OPTION} is {budget!r}; expected a whole number of tokens, 0 or more.")
     clashes = [
         name
         for name, asked in (
-            ("n > 1", (request.n or 1) > 1),
-            ("logprobs", bool(request.logprobs)),
-            ("prompt_logprobs", request.prompt_logprobs is not None),
+            ("n > 1", params.n > 1),
+            ("logprobs", params.logprobs is not None),
+            ("prompt_logprobs", params.prompt_logprobs is not None),
+            # A second request would begin its grammar, or its JSON, at the beginning.
+            ("guided decoding (response_format, required tools)", params.guided_decoding is not None),
         )
         if asked
     ]
     if clashes:
         raise ValueError(f"{OPTION} cannot be combined with {', '.join(clashes)}; leave one of them out.")
-    if not envs.VLLM_USE_V1:
-        raise ValueError(f"{OPTION} needs vLLM's V1 engine; this server runs with VLLM_USE_V1=0.")
     return budget
 
 
@@ -140,17 +147,25 @@ async def _within_budget(engine, start, prompt, params, request_id: str, budget:
                 last = output
                 if not output.finished:
                     yield output
-        if last.outputs[0].finish_reason != "length" or limit == params.max_tokens:
+        # Fewer tokens than asked for and "length": the context is full.
+        if last.outputs[0].finish_reason != "length" or len(ids) < limit or limit == params.max_tokens:
             yield last
             return
 
-    forced = EARLY_STOP if marks.state(prompt_ids + ids) == "open" else ""
+    # What was generated may mention <think> again; the first </think> ended the thought.
+    state = "closed" if marks.end_think in ids else marks.state(prompt_ids + ids)
+    forced = EARLY_STOP if state == "open" else ""
     forced_ids = tokenizer.encode(forced, add_special_tokens=False) if forced else []
     room = params.max_tokens - len(ids) - len(forced_ids)
+    if last is not None:  # params.max_tokens was reckoned with the prompt before its pictures were expanded
+        context = engine.model_config.max_model_len
+        room = min(room, context - len(last.prompt_token_ids) - len(ids) - len(forced_ids))
     if room < 1 and last is not None:  # none for the sentence and an answer: an ordinary cut
         yield last
         return
     rest = _with_limit(params, max(1, room), used=len(ids) + len(forced_ids))
+    if state == "none":  # no thought so far, and none may begin that nobody counts
+        rest.logit_bias = {**(rest.logit_bias or {}), marks.think: -100.0}
     rest_prompt = {**prompt, "prompt_token_ids": [*prompt_ids, *ids, *forced_ids]}
     async with aclosing(start(rest_prompt, rest, f"{request_id}-answer")) as outputs:
         first = True

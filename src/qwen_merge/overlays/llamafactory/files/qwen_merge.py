@@ -69,7 +69,7 @@ def keep_process_groups() -> None:
         return
 
     def destroy_process_group(group: Optional["dist.ProcessGroup"] = None) -> None:
-        if dist.get_backend() == "gloo":
+        if dist.is_initialized() and dist.get_backend() == "gloo":
             _KEPT.extend(dist.distributed_c10d._world.pg_map)
         destroy(group)
 
