@@ -85,6 +85,8 @@ def environment(data: Path, processes: int = 1, **variables: str) -> dict[str, s
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # llamafactory-cli starts torchrun by name
         "PYTHONPATH": str(REPOSITORY / "src"),
         "HF_HOME": str(data / "hf_home"),
+        # DeepSpeed builds a small extension. In the shared cache a build that was killed leaves a lock for ever.
+        "TORCH_EXTENSIONS_DIR": str(data / "extensions"),
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",  # sums in a fixed order, whatever the number of processes
         "WANDB_MODE": "offline",
