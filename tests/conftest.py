@@ -3,12 +3,24 @@ made once a session. They are made by the real merger, so that what follows is t
 """
 
 import os
+import signal
+import sys
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# A shell's background job ignores SIGINT, and so would the commands that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def gradients():
+    """Some of VLMEvalKit's modules switch gradients off for the whole process as they are imported."""
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_grad_enabled(True)
 
 
 class Sources:
