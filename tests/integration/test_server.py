@@ -399,8 +399,12 @@ def test_two_hundred_requests_at_once_are_all_answered(server):
     with ThreadPoolExecutor(200) as pool:
         together = list(pool.map(ask, range(200)))
     assert [status for status, _ in together] == [200] * 200
-    for i in (0, 1, 101, 198):  # each answer belongs to its question
-        assert together[i] == ask(i)
+    # Each answer belongs to its question. Not all are equal to the letter: sums are rounded in another order in another
+    # batch, and random weights have words that are almost equally likely.
+    sample = range(0, 200, 10)
+    same = sum(together[i] == ask(i) for i in sample)
+    assert same >= 16
+    assert same > sum(together[i] == together[(i + 1) % 200] for i in sample)  # control: another question's answer
 
 
 def test_chat_asks_the_server_and_the_checkpoint_alike(server, untied, tmp_path):
