@@ -23,6 +23,7 @@ from pathlib import Path
 
 import pytest
 
+from qwen_merge.errors import UserError
 from qwen_merge.evaluation.records import Records, Settings
 from qwen_merge.overlays import engine, manifest
 
@@ -267,10 +268,12 @@ def scoring(monkeypatch, data):
         (image_vqa, "build_judge"),
         (image_vqa.MMVet, "evaluate"),
         (image_vqa.LogicVista, "evaluate"),
+        (image_vqa.CustomVQADataset, "evaluate"),
     ):
         monkeypatch.setattr(owner, name, getattr(owner, name))
     vlmevalkit.keep_whole_answers()
     vlmevalkit.score_without_a_judge()
+    vlmevalkit.score_local_tables()
     return image_vqa
 
 
@@ -294,6 +297,23 @@ def test_short_answers(scoring, tmp_path):
     columns["prediction"][2] = "blue"
     score = score_of(scoring.ImageVQADataset, "ChartQA_TEST", tmp_path / "b", columns)
     assert round(float(score["Overall"].iloc[0]), 2) == 33.33
+
+
+def test_short_answers_in_a_table_of_ones_own(scoring, tmp_path):
+    columns = {
+        "answer": ["407", '["a dog", "dog"]', "red", "[__import__('os').abort()]", "two"],
+        "prediction": ["407", "The dog", "Red", "x", ""],
+        "category": ["number", "word", "colour", "colour", "number"],
+    }
+    score = score_of(scoring.CustomVQADataset, "Mine_openended", tmp_path / "a", columns)
+    assert score.iloc[0].to_dict() == {"Overall": 60.0, "colour": 50.0, "number": 50.0, "word": 100.0}
+    assert (tmp_path / "a/M_Mine_openended_acc.csv").read_text().startswith('"Overall"')
+    columns["prediction"] = ["470", "cat", "red or blue", "", "one"]
+    score = score_of(scoring.CustomVQADataset, "Mine_openended", tmp_path / "b", columns)
+    assert score["Overall"].iloc[0] == 0
+    del columns["answer"]
+    with pytest.raises(UserError, match="no column `answer`"):
+        score_of(scoring.CustomVQADataset, "Mine_openended", tmp_path / "c", columns)
 
 
 def test_text_in_pictures(scoring, tmp_path):

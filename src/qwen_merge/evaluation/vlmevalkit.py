@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from qwen_merge.errors import UserError
+from qwen_merge.evaluation.local_tables import score_local_tables
 from qwen_merge.evaluation.records import Records, Settings, document, model_type_of
 
 # Training's pixels, for comparison: under the published setting every picture is larger than any in training.
@@ -63,6 +64,7 @@ def configure(args: argparse.Namespace) -> None:
     keep_whole_answers()
     if args.judge == "exact_matching":
         score_without_a_judge()
+        score_local_tables()
     try:
         _configure(args)
     except UserError as error:
