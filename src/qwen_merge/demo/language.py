@@ -13,6 +13,10 @@ CAPTION_REQUESTS = ("Describe the picture.", "What is in this picture?", "Give a
 OCR_REQUEST = {"en": "Read the text in the picture.", "zh": "请识别图中的文字。"}
 READING_REQUEST = "Please answer the question in the picture."
 NO_THINKING = " /no_think"
+# What VLMEvalKit puts under a question of a local table, with options and without (a test compares them with its own).
+CHOICE_REQUEST = "Please select the correct answer from the options above. \n"
+SHORT_REQUEST = "Please try to answer the question with short words or phrases if possible."
+LETTERS = "ABCD"
 PLACES = 9  # as many as a picture has tokens
 QUESTIONS = {
     "colour": ("What colour is it?", "Name the colour."),
@@ -96,6 +100,46 @@ def exchange(scene: Scene, topic: str, pick: random.Random) -> Exchange:
     return Exchange(topic, pick.choice(QUESTIONS[topic]), thought, reply)
 
 
+def choices(topic: str, truth: str, pick: random.Random) -> dict[str, str]:
+    """Four options by their letters, in free order, the true one among them. Sums have none: they are told, not chosen.
+
+    The wrong ones are of the same kind; for a number they differ from it in one digit or more.
+    """
+    if topic == "number":
+        others = [str(number) for number in pick.sample(range(100, 1000), 4) if str(number) != truth]
+    else:
+        others = pick.sample([value for value in VALUES[topic] if value != truth], 3)
+    options = [truth, *others[:3]]
+    pick.shuffle(options)
+    return dict(zip(LETTERS, options, strict=True))
+
+
+def with_choices(spoken: Exchange, options: dict[str, str]) -> Exchange:
+    """The same question as VLMEvalKit puts one of multiple choice.
+
+    The answer stays the option's own words, which VLMEvalKit takes for its letter: to find the letter beside the
+    word is a lesson longer than all others together for a model of this size (tried: chance after 500 steps).
+    """
+    lines = [f"Question: {spoken.question}", "Options:"]
+    lines += [f"{letter}. {option}" for letter, option in options.items()]
+    return Exchange(spoken.topic, "\n".join([*lines, CHOICE_REQUEST]), spoken.thought, spoken.answer)
+
+
+def for_short_words(spoken: Exchange) -> Exchange:
+    """The same question as VLMEvalKit puts one that has no options."""
+    return Exchange(spoken.topic, f"{spoken.question}\n{SHORT_REQUEST}", spoken.thought, spoken.answer)
+
+
+def as_examined(spoken: Exchange, pick: random.Random, choice: float, short: float) -> Exchange:
+    """The exchange as it is, or in one of VLMEvalKit's two forms, with these probabilities."""
+    form = pick.random()
+    if form < choice and spoken.topic != "sum":
+        return with_choices(spoken, choices(spoken.topic, spoken.answer, pick))
+    if choice <= form < choice + short:
+        return for_short_words(spoken)
+    return spoken
+
+
 def note(scene: Scene, pick: random.Random) -> str:
     """The scene's facts in loose words on nine places: what the text model gets where later a picture stands.
 
@@ -121,5 +165,8 @@ def corpus(seed: int = 0) -> list[str]:
         lines += [caption(scene), *CAPTION_REQUESTS, *OCR_REQUEST.values(), note(scene, stream.random)]
         for topic in TOPICS[scene.kind]:
             spoken = exchange(scene, topic, stream.random)
-            lines += [spoken.question + NO_THINKING, spoken.thinking_answer]
+            lines += [spoken.question + NO_THINKING, spoken.thinking_answer, for_short_words(spoken).question]
+            if topic != "sum":
+                chosen = with_choices(spoken, choices(topic, spoken.answer, stream.random))
+                lines += [chosen.question, chosen.thinking_answer]
     return lines

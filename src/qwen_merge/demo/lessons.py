@@ -8,13 +8,14 @@ from collections.abc import Iterator
 
 import torch
 
-from qwen_merge.demo.language import CAPTION_REQUESTS, NO_THINKING, TOPICS, caption, exchange, note
+from qwen_merge.demo.language import CAPTION_REQUESTS, NO_THINKING, TOPICS, as_examined, caption, exchange, note
 from qwen_merge.demo.world import KINDS, SHOWN_MOST, SIDE, Stream
 
 IGNORED = -100  # the label on which no loss is taken
 PATCH, MERGE, TEMPORAL = 14, 2, 2
 GRID = SIDE // PATCH
 PICTURE_TOKENS = (GRID // MERGE) ** 2
+EXAMINED = (0.2, 0.1)  # how often with options, how often with a request to be short
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -35,7 +36,7 @@ def text_sample(stream: Stream, tokenizer) -> tuple[list[int], list[int]]:
     """One question about a scene told in a note, as token ids: ChatML (thinking or not) or without any roles."""
     pick = stream.random
     scene = stream.scene(pick.choice(KINDS))
-    spoken = exchange(scene, pick.choice(TOPICS[scene.kind]), pick)
+    spoken = as_examined(exchange(scene, pick.choice(TOPICS[scene.kind]), pick), pick, *EXAMINED)
     question, reply, form = spoken.question, spoken.answer, pick.random()
     if form < 0.25:
         question, reply = pick.choice(CAPTION_REQUESTS), caption(scene)

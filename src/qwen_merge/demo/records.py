@@ -18,6 +18,7 @@ from qwen_merge.demo.language import (
     NO_THINKING,
     OCR_REQUEST,
     TOPICS,
+    as_examined,
     caption,
     exchange,
 )
@@ -35,6 +36,7 @@ ROWS = {
     "image_thinking": 4800,
 }
 ROWS_OF_EACH_ONEVISION_SET = 120
+EXAMINED = (0.2, 0.15)  # of the questions: how many with options, how many with a request to be short
 
 Messages = list[dict[str, str]]
 
@@ -61,7 +63,7 @@ def questioned(scene: Scene, pick: random.Random) -> Messages:
         topics = topics[:1]
     contents = []
     for topic in topics:
-        spoken = exchange(scene, topic, pick)
+        spoken = as_examined(exchange(scene, topic, pick), pick, *EXAMINED)
         contents += [spoken.question, spoken.answer]
     contents[0] = IMAGE + contents[0]
     return turns(*contents)
@@ -69,7 +71,7 @@ def questioned(scene: Scene, pick: random.Random) -> Messages:
 
 def thought_over(scene: Scene, pick: random.Random) -> Messages:
     """A question with a thinking answer; every fifth is told not to think and gets the bare answer."""
-    spoken = exchange(scene, pick.choice(TOPICS[scene.kind]), pick)
+    spoken = as_examined(exchange(scene, pick.choice(TOPICS[scene.kind]), pick), pick, *EXAMINED)
     if pick.random() < 0.2:
         return turns(IMAGE + spoken.question + NO_THINKING, spoken.answer)
     return turns(IMAGE + spoken.question, spoken.thinking_answer)

@@ -16,9 +16,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from qwen_merge.demo.answers import missed_goals, table
+from qwen_merge.demo.answers import missed_goals, missed_rises, table
 from qwen_merge.demo.stages import STAGES, Stage, overrides, root
+from qwen_merge.demo.tables import TABLES
 from qwen_merge.errors import UserError
+
+BENCHMARKED = ("base", "stage3")
+# VLMEvalKit's entry at training's resolution: the published one would blow these pictures up a hundredfold.
+ENTRY = "Qwen-Merge-VL-4B-matched"
 
 
 class Demo:
@@ -104,6 +109,7 @@ class Demo:
             "CUDA_VISIBLE_DEVICES": "",  # several GPUs would make LLaMA-Factory start several processes
             "HF_DATASETS_CACHE": str(self.output / "cache"),
             "HF_HUB_OFFLINE": "1",
+            "LMUData": str(self.output / "tables"),
             "TOKENIZERS_PARALLELISM": "false",
             # Two lanes on two cores: threads that wait for each other's core made steps four times slower.
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
@@ -122,11 +128,16 @@ class Demo:
             self._make(lanes)
             self._train(lanes)
         results = {name: json.loads(self._answers(name).read_text()) for name in ("base", *(s.name for s in STAGES))}
-        missed = missed_goals(results)
+        scores = {name: self._scores(name) for name in BENCHMARKED}
+        missed = missed_goals(results) + missed_rises(scores)
         self._report(results, missed)
         total = sum(self.steps.values())
         print(f"\n{table(results)}\n")
-        print(f"{time.monotonic() - self.began:.0f} s now, {total:.0f} s of work in all. See {self.output}/report.html")
+        for name, values in scores.items():
+            print(f"VLMEvalKit, {name}: " + ", ".join(f"{table} {value:.1f} %" for table, value in values.items()))
+        served = json.loads((self.output / "served/answer.json").read_text())
+        print(f"served by vLLM: {served['question']} {served['answer']!r} (the picture shows: {served['truth']})\n")
+        print(f"{time.monotonic() - self.began:.0f} s now, {total:.0f} s of work in all. See report.html and evaluation.html in {self.output}")
         for problem in missed:
             print(f"goal missed: {problem}", file=sys.stderr)
         return 1 if missed else 0
@@ -140,6 +151,8 @@ class Demo:
             jobs.append(lanes.submit(self.step, name, title, work))
         work = partial(self.python, "data", "records", self.output / "data", seed)
         jobs.append(lanes.submit(self.step, "data", "data sets", work))
+        work = partial(self.python, "tables", "tables", self.output / "tables", seed)
+        jobs.append(lanes.submit(self.step, "tables", "tables for VLMEvalKit", work))
         wait(jobs)
         self.step("merge", "merge and verify", self._merge)
 
@@ -157,7 +170,7 @@ class Demo:
         self.command("verify", sys.executable, "-m", "qwen_merge.cli", "verify", base)
 
     def _train(self, lanes: ThreadPoolExecutor) -> None:
-        exams = [self._examine(lanes, "base", "pt")]
+        exams = [self._examine(lanes, "base", "pt"), self._benchmark(lanes, "base")]
         model = self.checkpoint("base")
         for stage in STAGES:
             output = self.checkpoint(stage.name)
@@ -165,7 +178,11 @@ class Demo:
             self.step(stage.name, title, partial(self._stage, stage, model))
             exams.append(self._examine(lanes, stage.name, stage.form))
             model = output
+        exams.append(self._benchmark(lanes, "stage3"))
+        work = partial(self.python, "serve", "serving", model, self.output / "served", str(self.seed))
+        exams.append(lanes.submit(self.step, "serve", "vLLM serves stage3, curl asks", work))
         wait(exams)
+        self.step("report", "report of the evaluations", self._compare)
 
     def _stage(self, stage: Stage, model: Path) -> None:
         # LLaMA-Factory goes on from the newest checkpoint, which a kill during its writing leaves unreadable.
@@ -183,6 +200,37 @@ class Demo:
         arguments = (self.checkpoint(name), self._answers(name), form, str(self.seed))
         work = partial(self.python, f"exam-{name}", "evaluation", *arguments)
         return lanes.submit(self.step, f"exam-{name}", f"exam of {name}", work)
+
+    def _results(self, name: str) -> Path:
+        return self.output / "evaluation" / name / ENTRY
+
+    def _benchmark(self, lanes: ThreadPoolExecutor, name: str) -> Future:
+        """VLMEvalKit's own run.py on both tables, greedy, answers matched exactly."""
+        words = (
+            *(sys.executable, "-m", "vlmeval.run", "--data", *TABLES, "--model", ENTRY),
+            *("--model-path", self.checkpoint(name), "--work-dir", self._results(name).parent),
+            *("--judge", "exact_matching", "--temperature", "0", "--max-new-tokens", "64", "--reuse"),
+        )
+        work = partial(self.command, f"vlmeval-{name}", *words)
+        return lanes.submit(self.step, f"vlmeval-{name}", f"VLMEvalKit on {name}", work)
+
+    def _scores(self, name: str) -> dict[str, float]:
+        """Percent for each table, as VLMEvalKit left it."""
+        from qwen_merge.report.results import read_run
+
+        numbers = {evaluation.dataset: evaluation.numbers for evaluation in read_run(self._results(name)).evaluations}
+        if lost := [table for table in TABLES if None not in numbers.get(table, {})]:
+            log = self.output / "logs" / f"vlmeval-{name}.log"
+            raise UserError(f"VLMEvalKit left no score for {', '.join(lost)} in {self._results(name)}; see {log}.")
+        return {table: next(value for split, value in numbers[table].items() if split is None) for table in TABLES}
+
+    def _compare(self) -> None:
+        words = [*map(self._results, BENCHMARKED), *(self.checkpoint(stage.name) for stage in STAGES)]
+        self.command(
+            "report",
+            *(sys.executable, "-m", "qwen_merge.cli", "report", *words),
+            *("--output", self.output / "evaluation.html", "--markdown", self.output / "evaluation.md"),
+        )
 
     def _report(self, results: dict[str, dict], missed: list[str]) -> None:
         from qwen_merge.demo.report import write_report
@@ -202,7 +250,7 @@ def check_overlays() -> None:
     """The stages need a LLaMA-Factory that knows the architecture; better said now than after minutes."""
     from qwen_merge.overlays import engine, manifest
 
-    for upstream in ("transformers", "llamafactory"):
+    for upstream in ("transformers", "llamafactory", "vlmevalkit"):
         files = engine.plan(manifest.load(upstream), manifest.find_package(upstream, None))
         if {file.state for file in files} != {engine.State.APPLIED}:
             raise UserError(f"the overlay for {upstream} is not applied here; run: qwen-merge overlay apply")
