@@ -10,7 +10,6 @@ DeepSpeed wants a process group. Its files are tested against its own configurat
 
 import copy
 import json
-import re
 from enum import Enum
 from itertools import pairwise
 from pathlib import Path
@@ -19,40 +18,15 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from qwen_merge.data.sets import ONEVISION, configurations, dataset_name
+
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "examples").rglob("*.yaml"))
 STAGES = ("1", "2.1", "2.2", "3")
 CAPTIONS = ["LLaVA_ReCap_558K", "LLaVA_ReCap_CC12M", "LLaVA_ReCap_CC3M", "synthdog_zh", "synthdog_en"]
 REASONING = ["text2image", "image_thinking"]
 
-# The configurations of lmms-lab/LLaVA-OneVision-Data that hold pictures. A converter may take this list over.
-ONEVISION = """
-CLEVR-Math(MathV360K); FigureQA(MathV360K); GEOS(MathV360K); GeoQA+(MathV360K); Geometry3K(MathV360K);
-IconQA(MathV360K); MapQA(MathV360K); MathV360K_TQA; MathV360K_VQA-AS; MathV360K_VQA-RAD; PMC-VQA(MathV360K);
-Super-CLEVR(MathV360K); TabMWP(MathV360K); UniGeo(MathV360K); VisualWebInstruct(filtered); VizWiz(MathV360K);
-ai2d(cauldron,llava_format); ai2d(gpt4v); ai2d(internvl); allava_instruct_laion4v; allava_instruct_vflan4v;
-aokvqa(cauldron,llava_format); chart2text(cauldron); chartqa(cauldron,llava_format); chrome_writting;
-clevr(cauldron,llava_format); diagram_image_to_text(cauldron); dvqa(cauldron,llava_format);
-figureqa(cauldron,llava_format); geo170k(align); geo170k(qa); geo3k; geomverse(cauldron);
-hateful_memes(cauldron,llava_format); hitab(cauldron,llava_format); hme100k; iam(cauldron);
-iconqa(cauldron,llava_format); iiit5k; image_textualization(filtered); infographic(gpt4v); infographic_vqa;
-infographic_vqa_llava_format; intergps(cauldron,llava_format); k12_printing; llava_wild_4v_12k_filtered;
-llava_wild_4v_39k_filtered; llavar_gpt4_20k; lrv_chart; lrv_normal(filtered); mapqa(cauldron,llava_format);
-mavis_math_metagen; mavis_math_rule_geo; multihiertt(cauldron); orand_car_a; raven(cauldron); rendered_text(cauldron);
-robut_sqa(cauldron); robut_wikisql(cauldron); robut_wtq(cauldron,llava_format); scienceqa(cauldron,llava_format);
-scienceqa(nona_context); screen2words(cauldron); sharegpt4o; sharegpt4v(coco); sharegpt4v(knowledge);
-sharegpt4v(llava); sharegpt4v(sam); sroie; st_vqa(cauldron,llava_format); tabmwp(cauldron);
-tallyqa(cauldron,llava_format); textcaps; textocr(gpt4v); tqa(cauldron,llava_format); ureader_cap; ureader_ie;
-vision_flan(filtered); vistext(cauldron); visual7w(cauldron,llava_format); visualmrc(cauldron);
-vqarad(cauldron,llava_format); vsr(cauldron,llava_format); websight(cauldron)
-"""
-
-
-def dataset_name(config: str) -> str:
-    return re.sub(r"[(), -]", "_", config).rstrip("_")
-
-
-GENERAL = [dataset_name(config.strip()) for config in ONEVISION.replace("\n", " ").split(";")]
+GENERAL = [dataset_name(config) for config in configurations(ONEVISION)]
 
 COMMON = {
     "stage": "sft",

@@ -1,0 +1,348 @@
+"""The files of a set: shards, manifest, journal, and what a killed run leaves.
+
+.venv/bin/python -m pytest tests/unit/test_data_files.py
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
+import pyarrow.parquet as pq
+import pytest
+
+from qwen_merge.data import shards as shards_module
+from qwen_merge.data.counts import Counts
+from qwen_merge.data.journal import Journal
+from qwen_merge.data.manifest import Manifest, manifest_path, option_changes
+from qwen_merge.data.schema import SCHEMA, Record, table
+from qwen_merge.data.shards import ShardWriter
+from qwen_merge.data.workspace import State, Workspace
+from qwen_merge.errors import UserError
+
+
+def record(number: int, size: int = 400) -> Record:
+    turns = [{"role": "user", "content": f"<image>\nq{number}"}, {"role": "assistant", "content": f"a{number}"}]
+    return Record(turns, [bytes([number % 256]) * size])
+
+
+def write(folder, count: int, max_bytes: int, prefix: str = "part-00000"):
+    with ShardWriter(folder, prefix, max_bytes) as writer:
+        for number in range(count):
+            writer.add(record(number))
+        return writer.close()
+
+
+# Shards
+
+
+def test_the_record_format_has_no_huggingface_metadata():
+    made = table([record(1)])
+    assert made.schema == SCHEMA
+    assert made.schema.metadata is None
+    assert made.to_pylist() == [
+        {
+            "messages": [{"role": "user", "content": "<image>\nq1"}, {"role": "assistant", "content": "a1"}],
+            "images": [{"bytes": b"\1" * 400, "path": None}],
+        }
+    ]
+
+
+def test_shards_are_bounded_complete_and_in_order(tmp_path):
+    made = write(tmp_path / "set", 30, 5000)
+    assert [shard.name for shard in made] == [f"part-00000-{number:03d}.parquet" for number in range(3)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["set"]
+    rows = []
+    for shard in made:
+        data = (tmp_path / "set" / shard.name).read_bytes()
+        assert (shard.bytes, shard.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+        assert sum(len(image) for row in _rows(tmp_path / "set" / shard.name) for image in row.images) <= 5000
+        rows += _rows(tmp_path / "set" / shard.name)
+    assert rows == [record(number) for number in range(30)]
+
+
+def _rows(path) -> list[Record]:
+    rows = pq.read_table(path).to_pylist()
+    return [Record(row["messages"], [image["bytes"] for image in row["images"]]) for row in rows]
+
+
+def test_a_record_larger_than_a_shard_has_one_of_its_own(tmp_path):
+    with ShardWriter(tmp_path / "set", "p", 1000) as writer:
+        for size in (10, 5000, 10):
+            writer.add(record(1, size))
+        made = writer.close()
+    assert [shard.rows for shard in made] == [1, 1, 1]
+
+
+def test_row_groups_bound_what_a_writer_holds(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards_module, "ROW_GROUP_BYTES", 2000)
+    (made,) = write(tmp_path / "set", 30, 10**9)
+    metadata = pq.read_metadata(tmp_path / "set" / made.name)
+    sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+    assert sum(sizes) == 30
+    assert max(sizes) == 4  # of 417 bytes each
+
+
+def test_the_same_records_give_the_same_bytes(tmp_path):
+    assert write(tmp_path / "a", 30, 5000) == write(tmp_path / "b", 30, 5000)
+
+
+def test_nothing_is_in_the_folder_before_close(tmp_path):
+    with ShardWriter(tmp_path / "set", "p", 1000) as writer:
+        for number in range(30):
+            writer.add(record(number))
+        assert len(names(writer.staging)) == 14  # two records each, the last two are still in memory
+        assert not (tmp_path / "set").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_record_no_shard(tmp_path):
+    assert write(tmp_path / "set", 0, 1000) == []
+    assert list((tmp_path / "set").iterdir()) == []
+
+
+# Counts and manifest
+
+
+def test_counts_keep_three_examples_of_each_reason():
+    counts = Counts(rows_in=5)
+    for number in range(4):
+        counts.drop("bad", f"row {number}")
+    counts.drop("long", "x" * 150 + "middle" + "y" * 150)
+    assert counts.drops["bad"] == {"rows": 4, "examples": ["row 0", "row 1", "row 2"]}
+    (example,) = counts.drops["long"]["examples"]
+    assert len(example) == 200
+    assert example.startswith("xxx")
+    assert example.endswith("yyy")
+    assert Counts.from_json(json.loads(json.dumps(counts.to_json()))) == counts
+
+
+def test_merged_counts_are_those_of_one_pass():
+    whole, parts = Counts(), [Counts(), Counts(), Counts()]
+    for number in range(12):
+        for counts in (whole, parts[number // 4]):
+            counts.rows_in += 1
+            if number % 3:
+                counts.drop(("a", "b")[number % 2], str(number))
+            else:
+                counts.rows_out += 1
+    merged = Counts()
+    for part in parts:
+        merged.merge(part)
+    assert merged == whole
+    assert parts[0].drops["b"]["examples"] == ["1"]  # merging changed no part
+
+
+def manifest(shards, counts: Counts | None = None, options: dict | None = None) -> Manifest:
+    rows = sum(shard.rows for shard in shards)
+    return Manifest("s", "hub/s", "abc", options or {}, 0, counts or Counts(rows, rows), shards)
+
+
+def test_a_manifest_is_read_as_it_was_written(tmp_path):
+    made = manifest(write(tmp_path / "set", 30, 5000), options={"seed": 1})
+    path = manifest_path(tmp_path, "set")
+    made.write(path)
+    assert path == tmp_path / "set.manifest.json"
+    assert Manifest.read(path) == made
+    assert set(made.versions) >= {"python", "qwen-merge", "pyarrow", "pillow", "datasets"}
+
+
+def test_a_manifest_that_loses_a_row_is_refused(tmp_path):
+    shards = write(tmp_path / "set", 30, 5000)
+    with pytest.raises(ValueError, match="29 rows were counted, the shards hold 30"):
+        manifest(shards, Counts(29, 29)).write(tmp_path / "m.json")
+    with pytest.raises(ValueError, match="does not account for every row"):
+        manifest(shards, Counts(31, 30)).write(tmp_path / "m.json")
+    assert not (tmp_path / "m.json").exists()
+
+
+def test_a_file_that_is_no_manifest_is_a_user_error(tmp_path):
+    (tmp_path / "m.json").write_text("{}")
+    with pytest.raises(UserError, match="is not a manifest"):
+        Manifest.read(tmp_path / "m.json")
+
+
+def test_changed_options_are_named_with_both_values():
+    old = {"seed": 0, "max_rows": None, "limit": 5}
+    assert option_changes(old, dict(old)) == []
+    assert option_changes(old, {"seed": 1, "max_rows": 7, "limit": 5}) == [
+        "--max-rows: not given before, 7 now",
+        "--seed: 0 before, 1 now",
+    ]
+
+
+# Journal
+
+
+def test_a_torn_line_is_passed_over_and_cut_off(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    with Journal(path) as journal:
+        journal.append({"text": "é \ud800 \u2028"})
+        journal.extend([{"number": number} for number in range(3)])
+    expected = [{"text": "é \ud800 \u2028"}, {"number": 0}, {"number": 1}, {"number": 2}]
+    whole = path.read_bytes()
+    assert Journal(path).read() == expected
+    for torn in (b'{"number": 3', b'{"number": 3}', b"\xff", b"x" * 200_000):
+        path.write_bytes(whole + torn)
+        assert Journal(path).read() == expected
+        with Journal(path) as journal:
+            journal.append("next")
+        assert Journal(path).read() == [*expected, "next"]
+    path.write_bytes(b"torn")
+    with Journal(path) as journal:
+        journal.append(1)
+    assert path.read_bytes() == b"1\n"
+
+
+def test_a_line_that_is_not_json_is_no_torn_line(tmp_path):
+    (tmp_path / "j").write_text('1\n{"a":\n2\n')
+    with pytest.raises(UserError, match="line 2 is not JSON"):
+        Journal(tmp_path / "j").read()
+
+
+def test_a_journal_survives_kill_9(tmp_path):
+    code = (
+        "import os, sys; from pathlib import Path; from qwen_merge.data.journal import Journal\n"
+        "journal = Journal(Path(sys.argv[1]))\n"
+        "for number in range(10**6):\n"
+        "    journal.append(number)\n"
+        "    if number == 50: os.write(1, b'.'); sys.stdout.flush()\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "j")], stdout=subprocess.PIPE)
+    assert process.stdout.read(1) == b"."
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    numbers = Journal(tmp_path / "j").read()
+    assert numbers == list(range(len(numbers)))
+    assert len(numbers) >= 51
+
+
+# Workspace
+
+
+def finish(space: Workspace, rows: int = 3, options: dict | None = None) -> Manifest:
+    with ShardWriter(space.shards, "part-00000", 10**6) as writer:
+        for number in range(rows):
+            writer.add(record(number))
+        made = manifest(writer.close(), options=options or {"seed": 0})
+    space.finish(made)
+    return made
+
+
+def names(folder) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+def test_a_set_appears_when_it_is_complete(tmp_path):
+    with Workspace(tmp_path, "group/set") as space:
+        assert space.begin({"seed": 0}) is State.NEW
+        space.journal.append(1)
+        assert names(tmp_path / "group") == [".set.working"]
+        made = finish(space)
+    assert names(tmp_path / "group") == ["set", "set.manifest.json"]
+    assert names(tmp_path / "group/set") == ["part-00000-000.parquet"]
+    assert Manifest.read(tmp_path / "group/set.manifest.json") == made
+    with Workspace(tmp_path, "group/set") as space:
+        assert space.begin({"seed": 0}) is State.FINISHED
+        with pytest.raises(UserError, match=r"made with other options: --seed: 0 before, 1 now\. Give --overwrite"):
+            space.begin({"seed": 1})
+
+
+def test_a_half_done_set_asks_for_one_of_two_options(tmp_path):
+    with Workspace(tmp_path, "set") as space:
+        space.begin({"seed": 0})
+        space.journal.append("unit 0")
+    with Workspace(tmp_path, "set") as space:
+        with pytest.raises(UserError, match=r"half done .* Give --resume to go on with it, or --overwrite"):
+            space.begin({"seed": 0})
+        with pytest.raises(UserError, match="begun with other options: --seed: 0 before, 1 now"):
+            space.begin({"seed": 1}, resume=True)
+        assert space.begin({"seed": 0}, resume=True) is State.RESUMED
+        assert space.journal.read() == ["unit 0"]
+    with Workspace(tmp_path, "set") as space:
+        assert space.begin({"seed": 1}, overwrite=True) is State.NEW
+        assert space.journal.read() == []
+
+
+def test_the_old_set_stays_until_the_new_one_is_complete(tmp_path):
+    with Workspace(tmp_path, "set") as space:
+        space.begin({"seed": 0})
+        old = finish(space, 3)
+    with Workspace(tmp_path, "set") as space:
+        assert space.begin({"seed": 1}, overwrite=True) is State.NEW
+        assert Manifest.read(tmp_path / "set.manifest.json") == old
+    with Workspace(tmp_path, "set") as space:
+        with pytest.raises(UserError, match="--resume"):
+            space.begin({"seed": 1})
+        assert space.begin({"seed": 1}, resume=True) is State.RESUMED
+        new = finish(space, 5, {"seed": 1})
+    assert Manifest.read(tmp_path / "set.manifest.json") == new
+    assert len(_rows(tmp_path / "set/part-00000-000.parquet")) == 5
+    assert names(tmp_path) == ["set", "set.manifest.json"]
+
+
+def test_two_processes_do_not_make_one_set(tmp_path):
+    with Workspace(tmp_path, "set") as space, Workspace(tmp_path, "set") as other:
+        space.begin({})
+        with pytest.raises(UserError, match="another process is working on"):
+            other.begin({}, resume=True)
+        space.close()
+        assert other.begin({}, resume=True) is State.RESUMED
+
+
+def test_a_folder_of_someone_else_is_not_touched(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/mine.parquet").write_text("")
+    with Workspace(tmp_path, "set") as space, pytest.raises(UserError, match="did not make it"):
+        space.begin({}, resume=True)
+    assert names(tmp_path) == ["set"]
+
+
+class Killed(BaseException):
+    """Not an error that anything would handle."""
+
+
+@pytest.mark.parametrize("overwritten", [False, True])
+@pytest.mark.parametrize("moment", range(12))
+def test_a_kill_at_any_moment_of_the_end_is_mended_by_the_next_run(tmp_path, monkeypatch, moment, overwritten):
+    """The end is cut before its n-th change of the file system. What is then there is the old set, the new one, or none
+    that has a manifest; the next run ends with the new one."""
+    if overwritten:
+        with Workspace(tmp_path, "set") as space:
+            space.begin({"seed": 0})
+            finish(space, 3)
+    with Workspace(tmp_path, "set") as space:
+        space.begin({"seed": 1}, overwrite=overwritten)
+        monkeypatch.setattr(space, "finish", lambda made: _cut(monkeypatch, moment, space, made))
+        finish(space, 5, {"seed": 1})
+
+    if (tmp_path / "set.manifest.json").exists() and (tmp_path / "set").exists():
+        listed = Manifest.read(tmp_path / "set.manifest.json")
+        assert names(tmp_path / "set") == [shard.name for shard in listed.shards]
+        assert len(_rows(tmp_path / "set" / listed.shards[0].name)) == listed.counts.rows_out
+    with Workspace(tmp_path, "set") as space:
+        if space.begin({"seed": 1}, resume=True) is not State.FINISHED:
+            finish(space, 5, {"seed": 1})
+    assert Manifest.read(tmp_path / "set.manifest.json").counts.rows_out == 5
+    assert len(_rows(tmp_path / "set/part-00000-000.parquet")) == 5
+    assert [name for name in names(tmp_path) if name != ".set.working"] == ["set", "set.manifest.json"]
+
+
+def _cut(monkeypatch, moment: int, space: Workspace, made: Manifest) -> None:
+    changes = iter(range(100))
+
+    def counted(original):
+        def change(*arguments, **options):
+            if next(changes) >= moment:
+                raise Killed
+            return original(*arguments, **options)
+
+        return change
+
+    with monkeypatch.context() as patch, contextlib.suppress(Killed):
+        for name in ("rename", "replace", "unlink", "rmdir"):
+            patch.setattr(os, name, counted(getattr(os, name)))
+        Workspace.finish(space, made)
