@@ -1,0 +1,16 @@
+"""The reproduction's own command line, kept as entry point; `qwen-merge data image-thinking judge` is the same thing.
+
+python3 src/data_process/stage3/image/evaluate.py --endpoint http://localhost:8000/v1 --output data
+"""
+
+import sys
+from pathlib import Path
+
+try:
+    from qwen_merge.cli import main
+except ImportError:  # run from a checkout that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+    from qwen_merge.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["data", "image-thinking", "judge", *sys.argv[1:]]))

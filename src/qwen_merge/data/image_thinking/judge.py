@@ -1,0 +1,197 @@
+"""Filter the answers, have the rest judged, and write the set: the good answer in the place of the original one.
+
+    qwen-merge data image-thinking judge --endpoint http://localhost:8000/v1
+
+The judge sees the picture, the question, the reference, and the thought and answer. A verdict is written under the id
+of its answer. The pictures stay in the set, with their own bytes.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwen_merge.data.counts import Counts
+from qwen_merge.data.image_thinking import SET
+from qwen_merge.data.image_thinking.answer import Answer, checked, judgement
+from qwen_merge.data.image_thinking.ask import COMMAND as ASK
+from qwen_merge.data.image_thinking.ask import answers_file, answers_folder, drawn, message, samples
+from qwen_merge.data.image_thinking.samples import Sample
+from qwen_merge.data.manifest import Manifest, package_versions
+from qwen_merge.data.schema import ASSISTANT, IMAGE_TAG, USER, Record
+from qwen_merge.data.shards import SHARD_BYTES, ShardWriter
+from qwen_merge.data.teacher import filters
+from qwen_merge.data.teacher.answers import AnswerFile, Request, Summary, read_at
+from qwen_merge.data.teacher.judge import IMAGE_FIELDS, IMAGE_PROMPT, judging, response_format
+from qwen_merge.data.teacher.steps import Servers, check_missing, run_step, short_hash
+from qwen_merge.data.workspace import State, Workspace
+
+COMMAND = "qwen-merge data image-thinking judge"
+
+
+@dataclass
+class JudgeOptions:
+    """`json_schema`: force the verdict's form. Off by default: a judge that reasons has to think first."""
+
+    output: Path
+    seed: int = 0
+    json_schema: bool = False
+    accept_missing: bool = False
+    shard_mb: int = SHARD_BYTES // 2**20
+
+
+def verdicts_file(output: Path) -> AnswerFile:
+    return AnswerFile(answers_folder(output), "verdicts")
+
+
+def answered(output: Path) -> Iterator[tuple[Sample, dict[str, Any] | None]]:
+    """Every sample with the line of its answer, matched by id; None for one without."""
+    file = answers_file(output)
+    places = file.index()
+    for sample in samples(output):
+        place = places.get(sample.id)
+        yield sample, None if place is None else next(read_at(file.path, [place]))
+
+
+def request_of(sample: Sample, answer: Answer, servers: Servers, json_schema: bool) -> Request:
+    prompt = IMAGE_PROMPT.format(
+        question=sample.question, reference=sample.reference, thought=answer.thought, answer=answer.text
+    )
+    body = {
+        "messages": [message(sample.picture, prompt)],
+        "max_tokens": servers.max_tokens,
+        **({"response_format": response_format(IMAGE_FIELDS)} if json_schema else {}),
+        **servers.extra_body,
+    }
+    return Request(sample.id, body)
+
+
+def judge(options: JudgeOptions, servers: Servers, overwrite: bool = False) -> Summary | None:
+    """Ask for the verdicts; None when they were all there.
+
+    Raises:
+        UserError: the answers are not all there; see run_step().
+    """
+    file = answers_file(options.output)
+    done = check_missing(file, ASK, options.accept_missing)
+
+    def requests() -> Iterator[Request]:
+        for sample, entry in answered(options.output):
+            if entry is None:
+                continue
+            found, *_ = checked(entry, sample.question, sample.reference)
+            if found:
+                yield request_of(sample, found, servers, options.json_schema)
+
+    recorded = {
+        "answers": short_hash(str(file.options()["options"])),
+        "prompt": short_hash(IMAGE_PROMPT),
+        "json_schema": options.json_schema,
+        "seed": options.seed,
+    }
+    before = {"answers": done["requests"] - done["missing"]}
+    settle = judging(IMAGE_FIELDS, options.seed)
+    return run_step(verdicts_file(options.output), recorded, servers, requests, settle, overwrite, before=before)
+
+
+def write(options: JudgeOptions, resume: bool = True, overwrite: bool = False) -> Manifest | None:
+    """Write <output>/image_thinking/ from answers and verdicts; None when it was finished with the same ones.
+
+    Raises:
+        UserError: a step before is not finished; the set was made with other options.
+    """
+    answers, verdicts = answers_file(options.output), verdicts_file(options.output)
+    asked = check_missing(answers, ASK, options.accept_missing)
+    judged = check_missing(verdicts, COMMAND, options.accept_missing)
+    recorded = {
+        "asked": answers.options()["options"],
+        "judged": verdicts.options()["options"],
+        "answers": asked["requests"] - asked["missing"],
+        "verdicts": judged["requests"] - judged["missing"],
+        "shard_mb": options.shard_mb,
+    }
+    with Workspace(options.output, SET) as space:
+        if space.begin(recorded, resume, overwrite) is State.FINISHED:
+            return None
+        manifest = _write(options, recorded, space)
+        space.finish(manifest)
+    return manifest
+
+
+def _write(options: JudgeOptions, recorded: dict[str, Any], space: Workspace) -> Manifest:
+    lines = drawn(options.output)
+    counts = Counts()
+    for line in lines:
+        counts.merge(Counts.from_json(line["counts"]))
+    counts.rows_out = 0
+    judged: dict[str, dict[str, Any]] = {
+        entry["id"]: _short(entry) for entry in verdicts_file(options.output).entries()
+    }
+    of_set: Counter[str] = Counter()
+    with ShardWriter(space.shards, "part-00000", options.shard_mb * 2**20) as writer:
+        for sample, entry in answered(options.output):
+            found, reason, seen = _outcome(sample, entry, judged)
+            if found is None:
+                counts.drop(reason, f"{sample.id}: {seen}")
+                continue
+            writer.add(record_of(sample, found))
+            counts.rows_out += 1
+            of_set[sample.set] += 1
+        shards = writer.close()
+    drops = {reason: entry["rows"] for reason, entry in counts.drops.items()}
+    return Manifest(
+        name=SET,
+        source=", ".join(line["id"] for line in lines),
+        revision=recorded["asked"]["sets"],
+        options=recorded,
+        seed=recorded["asked"]["seed"],
+        counts=counts,
+        shards=shards,
+        versions=package_versions("openai"),
+        extra={
+            "filters": filters.counted(drops),
+            "sets": {
+                line["id"]: {key: line[key] for key in ("seen", "eligible", "unfit", "several_turns")}
+                | {"drawn": line["counts"]["rows_in"], "rows_out": of_set[line["id"]]}
+                for line in lines
+            },
+        },
+    )
+
+
+def _short(entry: dict[str, Any]) -> dict[str, Any]:
+    """A verdict without its reason's length: all of them are held in memory."""
+    verdict = entry.get("verdict")
+    if verdict:
+        verdict = {**verdict, "reason": verdict["reason"][:120]}
+    return {"verdict": verdict, "refused": "refused" in entry, "problem": str(entry.get("problem", ""))[:120]}
+
+
+def _outcome(
+    sample: Sample, entry: dict[str, Any] | None, judged: dict[str, dict[str, Any]]
+) -> tuple[Answer | None, str, str]:
+    """(answer, "", "") for a row of the set, else (None, reason, what was seen)."""
+    if entry is None:
+        return None, "no answer from the teacher", sample.question
+    found, reason, seen = checked(entry, sample.question, sample.reference)
+    if found is None:
+        return None, reason, seen
+    line = judged.get(sample.id)
+    if line is None:
+        return None, "no verdict from the judge", sample.question
+    if line["refused"]:
+        return None, "answer refused by the judge's server", sample.question
+    if dropped := judgement(line["verdict"]):
+        return None, dropped, line["verdict"]["reason"] if line["verdict"] else line["problem"]
+    return found, "", ""
+
+
+def record_of(sample: Sample, answer: Answer) -> Record:
+    return Record(
+        [
+            {"role": USER, "content": f"{IMAGE_TAG}\n{sample.question}"},
+            {"role": ASSISTANT, "content": answer.content},
+        ],
+        [sample.picture],
+    )
