@@ -16,6 +16,7 @@ from qwen_merge.errors import UserError
 COMMAND_MODULES = (
     "qwen_merge.merger.command",
     "qwen_merge.overlays.command",
+    "qwen_merge.data.command",
     "qwen_merge.chat.command",
     "qwen_merge.demo.command",
     "qwen_merge.report.command",
