@@ -40,6 +40,23 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     serve.add_argument("--json", type=Path, help="also write the figures to this file")
     serve.set_defaults(run=_run_serve)
 
+    data = benches.add_parser(
+        "data",
+        help="the converter against loading, mapping and writing a whole set; rendering",
+        description="Makes ReCap-shaped rows, converts them in processes of their own (one process, two, Ray) and "
+        "compares rows a second and peak memory with `load_dataset`, `map`, `filter`, `to_parquet` of the whole set "
+        "with decoded pictures.",
+    )
+    data.add_argument("--rows", type=int, default=8000, help="source rows of some 60 KB (default: %(default)s)")
+    data.add_argument("--files", type=int, default=8, help="source files (default: %(default)s)")
+    data.add_argument("--repeats", type=int, default=3, help="rounds; the median is reported (default: %(default)s)")
+    data.add_argument("--no-ray", action="store_true", help="leave Ray out")
+    data.add_argument("--memory", action="store_true", help="also peak memory for 4,000 and for 40,000 small rows")
+    data.add_argument("--pictures", type=int, default=300, help="questions rendered; 0: none (default: %(default)s)")
+    data.add_argument("--work-dir", type=Path, help="where the files go, removed afterwards (default: a temporary one)")
+    data.add_argument("--json", type=Path, help="also write the figures to this file")
+    data.set_defaults(run=_run_data)
+
     importing = benches.add_parser("import-time", help="wall time of `qwen-merge --help`, and what it imports")
     importing.add_argument("--repeats", type=int, default=7, help="runs; the median is reported (default: %(default)s)")
     importing.set_defaults(run=_run_import_time)
@@ -53,6 +70,12 @@ def _run_merge(arguments: argparse.Namespace) -> int:
 
 def _run_serve(arguments: argparse.Namespace) -> int:
     from qwen_merge.bench.serve import run
+
+    return run(arguments)
+
+
+def _run_data(arguments: argparse.Namespace) -> int:
+    from qwen_merge.bench.data import run
 
     return run(arguments)
 
