@@ -137,7 +137,8 @@ class Demo:
             print(f"VLMEvalKit, {name}: " + ", ".join(f"{table} {value:.1f} %" for table, value in values.items()))
         served = json.loads((self.output / "served/answer.json").read_text())
         print(f"served by vLLM: {served['question']} {served['answer']!r} (the picture shows: {served['truth']})\n")
-        print(f"{time.monotonic() - self.began:.0f} s now, {total:.0f} s of work in all. See report.html and evaluation.html in {self.output}")
+        print(f"{time.monotonic() - self.began:.0f} s now, {total:.0f} s of work in all.")
+        print(f"See report.html and evaluation.html in {self.output}")
         for problem in missed:
             print(f"goal missed: {problem}", file=sys.stderr)
         return 1 if missed else 0
@@ -206,7 +207,7 @@ class Demo:
 
     def _benchmark(self, lanes: ThreadPoolExecutor, name: str) -> Future:
         """VLMEvalKit's own run.py on both tables, greedy, answers matched exactly."""
-        words = (
+        words: tuple[str | Path, ...] = (
             *(sys.executable, "-m", "vlmeval.run", "--data", *TABLES, "--model", ENTRY),
             *("--model-path", self.checkpoint(name), "--work-dir", self._results(name).parent),
             *("--judge", "exact_matching", "--temperature", "0", "--max-new-tokens", "64", "--reuse"),
@@ -225,7 +226,7 @@ class Demo:
         return {table: next(value for split, value in numbers[table].items() if split is None) for table in TABLES}
 
     def _compare(self) -> None:
-        words = [*map(self._results, BENCHMARKED), *(self.checkpoint(stage.name) for stage in STAGES)]
+        words: list[str | Path] = [*map(self._results, BENCHMARKED), *(self.checkpoint(stage.name) for stage in STAGES)]
         self.command(
             "report",
             *(sys.executable, "-m", "qwen_merge.cli", "report", *words),

@@ -6,6 +6,7 @@ DIR gets question.png, request.json, answer.json and server.log.
 """
 
 import base64
+import contextlib
 import json
 import os
 import shutil
@@ -70,11 +71,8 @@ def stop(process: subprocess.Popen) -> None:
                 process.wait(timeout=patience)
             except subprocess.TimeoutExpired:
                 continue
-    # The engine's process may outlive its parent.
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # the engine's process may outlive its parent
 
 
 def ask(port: int, request: Path) -> dict:

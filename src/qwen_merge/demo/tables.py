@@ -25,7 +25,7 @@ CHANCE_OF_CHOICE = 100 / len(LETTERS)
 def rows_of(table: str, seed: int = 0) -> list[dict[str, str]]:
     """The rows of one table; its pictures come from a stream of its own and show held-out numbers only."""
     stream = Stream(f"held-out table {table}", seed)
-    rows = []
+    rows: list[dict[str, str]] = []
     for topic in TOPICS_ASKED * QUESTIONS_OF_EACH_TOPIC:
         scene = stream.scene(KIND_OF_TOPIC.get(topic, topic))
         spoken = exchange(scene, topic, stream.random)
