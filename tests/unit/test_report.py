@@ -510,7 +510,8 @@ def test_other_peoples_text_stays_text(tmp_path):
     table = (tmp_path / "table.md").read_text()
     assert "<b>" not in table
     first = table.split("\n\n")[0].splitlines()
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in first} == {8}
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in first} == {4}
+    assert "published" not in first[0], "nothing is published about a table of one's own"
 
 
 def test_the_page_asks_for_nothing(tmp_path):

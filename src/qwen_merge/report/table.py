@@ -202,7 +202,12 @@ def build(columns: list[Column]) -> Table:
                 row = rows.setdefault((evaluation.dataset, split), _row(evaluation, split, len(columns)))
                 row.cells[position] = _cell(evaluation, split, value, reference, letter)
         column.warnings = _warnings(column, reference)
-    return Table(columns, list(PUBLISHED), _ordered(rows), {letter: text for text, letter in letters.items()})
+    conditions = {letter: text for text, letter in letters.items()}
+    if any(value is not None for row in rows.values() for value in row.published):
+        return Table(columns, list(PUBLISHED), _ordered(rows), conditions)
+    for row in rows.values():  # one's own tables only: nothing was published about them
+        row.published = []
+    return Table(columns, [], _ordered(rows), conditions, remarks=())
 
 
 def _published_split(evaluation: Evaluation) -> str | None:
