@@ -24,7 +24,7 @@ from qwen_merge.demo.world import Stream
 from qwen_merge.errors import UserError
 
 # (steps, batch), found by trial: less leaves gaps that the four stages cannot close.
-LLM_LESSON = (850, 32)
+LLM_LESSON = (600, 32)
 VLM_LESSON = (900, 48)
 INITIAL_DEVIATION = 0.08  # near 1 / sqrt(width); the usual 0.02 is for widths of thousands and starts slowly here
 
