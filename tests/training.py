@@ -79,9 +79,13 @@ def command(recipe: Path, *, model: Path, output: Path, data: Path, **overrides)
     return [str(cli), "train", str(recipe), *(f"{key}={value}" for key, value in values.items())]
 
 
+# What `data check` sets for its own process, which in the tests is the one that everything is launched from.
+SILENCED = ("LLAMAFACTORY_VERBOSITY", "TRANSFORMERS_VERBOSITY")
+
+
 def environment(data: Path, processes: int = 1, **variables: str) -> dict[str, str]:
     result = {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if name not in SILENCED},
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # llamafactory-cli starts torchrun by name
         "PYTHONPATH": str(REPOSITORY / "src"),
         "HF_HOME": str(data / "hf_home"),
