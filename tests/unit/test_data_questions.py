@@ -90,6 +90,29 @@ def test_a_share_is_seeded_and_grows(tmp_path):
     assert texts(limit=3) == ["Do 0.", "Do 1.\nWith care.", "Do 2."]
 
 
+def test_a_limit_is_of_a_set_and_not_of_each_of_its_files(tmp_path):
+    for number in range(3):
+        (tmp_path / f"{number}.json").write_text(json.dumps(ALPACA[number * 4 : number * 4 + 4]))
+    deepseek = [{"input": f"问题{i}", "content": f"答{i}"} for i in range(9)]
+    (tmp_path / "other.jsonl").write_text("\n".join(json.dumps(row) for row in deepseek))
+    questions, counts = read([tmp_path], limit=6)
+    assert [question.text for question in questions if question.source == "alpaca"] == [
+        f"Do {i}.{chr(10) + 'With care.' if i % 2 else ''}" for i in range(6)
+    ]
+    assert sum(question.source == "chinese-deepseek-r1" for question in questions) == 6
+    assert counts.rows_in == 12
+    assert len(read([tmp_path])[0]) == 21  # control
+
+
+def test_a_local_copy_is_known_by_its_content(tmp_path):
+    path = written(tmp_path)
+    before = [origin.recorded() for origin in origins([], [path])]
+    path.write_text(path.read_text().replace("Done 7.", "Done 8."))
+    assert [origin.recorded() for origin in origins([], [path])] != before
+    written(tmp_path)
+    assert [origin.recorded() for origin in origins([], [path])] == before  # control
+
+
 def test_evaluation_questions_are_left_out(tmp_path):
     class Index:
         def question_hit(self, text):
@@ -190,7 +213,15 @@ def test_what_a_user_can_mend_is_said_with_exit_code_2(tmp_path, capsys, argumen
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("--share", "2"), ("--in-flight", "0"), ("--extra-body", "[1]"), ("--extra-body", "{")]
+    ("option", "value"),
+    [
+        ("--share", "2"),
+        ("--in-flight", "0"),
+        ("--extra-body", "[1]"),
+        ("--extra-body", "{"),
+        *(("--extra-body", json.dumps({"min_p": 0.1, name: 1})) for name in ("messages", "model", "max_tokens")),
+        *(("--extra-body", json.dumps({name: 2})) for name in ("stream", "n")),
+    ],
 )
 def test_wrong_values_are_refused(capsys, option, value):
     with pytest.raises(SystemExit):

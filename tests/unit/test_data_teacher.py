@@ -2,14 +2,23 @@
 
 import asyncio
 import json
+import resource
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from endpoint import Endpoint, digest, text_of
+from qwen_merge.cli import main
+from qwen_merge.data.image_thinking.judge import answered
+from qwen_merge.data.image_thinking.samples import fingerprint
+from qwen_merge.data.journal import Journal
+from qwen_merge.data.schema import Record
+from qwen_merge.data.shards import ShardWriter
 from qwen_merge.data.teacher.answers import AnswerFile, Request, collect, read_at
-from qwen_merge.data.teacher.endpoints import Patience, Pool
+from qwen_merge.data.teacher.endpoints import Patience, Pool, base_url
 from qwen_merge.data.teacher.judge import IMAGE_FIELDS, TEXT_FIELDS, judging, read_verdict, response_format
 from qwen_merge.data.teacher.replies import Failed, Refused
 from qwen_merge.errors import UserError
@@ -244,6 +253,43 @@ def test_wrong_options_are_named_together():
     assert str(error.value).count("\n  - ") == 3
 
 
+@pytest.mark.parametrize(
+    ("given", "used"),
+    [
+        ("http://localhost:8000", "http://localhost:8000/v1"),
+        ("http://localhost:8000/", "http://localhost:8000/v1"),
+        ("http://localhost:8000/v1", "http://localhost:8000/v1"),
+        ("http://localhost:8000/v1/", "http://localhost:8000/v1"),
+        ("http://[::1]:8000", "http://[::1]:8000/v1"),
+        ("https://open.bigmodel.cn/api/paas/v4", "https://open.bigmodel.cn/api/paas/v4"),
+        ("https://ark.example.com/api/v3/", "https://ark.example.com/api/v3"),
+    ],
+)
+def test_only_an_address_without_a_path_gets_one(given, used):
+    assert base_url(given) == used
+    assert Pool([given]).urls == [used]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "http://localhost:notaport",
+        "http://localhost:99999/v1",
+        "http://localhost:0",
+        "http://[::1/v1",
+        "http://:8000",
+        "http://",
+        "http://local host",
+        "http://localhost:8000/v1?key=x",
+        "http://a\x00b/v1",
+        "",
+    ],
+)
+def test_what_is_no_address_is_said_before_anything_is_asked(given):
+    with pytest.raises(UserError, match="is no URL such as http://localhost:8000/v1"):
+        Pool([given, "http://localhost:8000"])
+
+
 def test_reasoning_content_is_joined():
     replies = {
         "apart": {"reasoning_content": "\nhm\n", "content": "\n\nso"},
@@ -399,6 +445,77 @@ def test_changed_options_are_refused(tmp_path):
         assert list(file.entries()) == []
 
 
+def test_a_refused_run_leaves_what_was_finished(tmp_path):
+    with Endpoint() as server:
+        run_collect(tmp_path, [server.url], ["a"], share=0.5)
+    with AnswerFile(tmp_path, "answers") as file:
+        file.begin({"seed": 0, "share": 0.5})
+        file.finish({"requests": 1, "missing": 0})
+    finished = file.done("ask")
+    with pytest.raises(UserError, match="--share"):
+        AnswerFile(tmp_path, "answers").begin({"seed": 0, "share": 0.6})
+    assert file.done("ask") == finished
+    with AnswerFile(tmp_path, "answers") as file:
+        file.begin({"seed": 0, "share": 0.5})  # control: begun again, it is finished only at its end
+        with pytest.raises(UserError, match="is not finished"):
+            file.done("ask")
+
+
+def test_a_hash_of_the_content_knows_no_order(tmp_path):
+    lines = [{"id": str(i), "text": f"answer {i}"} for i in range(4)]
+    found = []
+    for number, entries in enumerate([lines, lines[::-1], [*lines, lines[0]], lines[1:], [{**lines[0], "text": "x"}]]):
+        file = AnswerFile(tmp_path, str(number))
+        file.journal.extend(entries)
+        found.append(file.content())
+    assert found[0] == found[1] == found[2]
+    assert len(set(found)) == 3
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", "{}", "null"])
+def test_a_broken_record_is_named(tmp_path, content):
+    with AnswerFile(tmp_path, "answers") as file:
+        file.begin({"seed": 0})
+        file.finish({"requests": 0, "missing": 0})
+    for path in (file.options_path, file.done_path):
+        path.write_text(content)
+    with pytest.raises(UserError, match=r"answers\.options\.json .*--overwrite"):
+        AnswerFile(tmp_path, "answers").begin({"seed": 0})
+    with pytest.raises(UserError, match=r"answers\.done\.json .*--overwrite"):
+        file.done("ask")
+    with AnswerFile(tmp_path, "answers") as file:
+        assert file.begin({"seed": 0}, overwrite=True) is False
+
+
+@contextmanager
+def room_for(size: int):
+    """Files cannot grow beyond that many bytes: a write that crosses it is done in part, the next one fails."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_a_message_and_costs_no_other_line(tmp_path):
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.append({"id": "first"})
+    with pytest.raises(UserError, match=r"journal\.jsonl: File too large"), room_for(100):
+        journal.append({"id": "x" * 200})
+    assert journal.path.stat().st_size == 100  # half a line is there
+    journal.append({"id": "second"})  # the same process goes on: not glued to it
+    assert journal.read() == [{"id": "first"}, {"id": "second"}]
+
+
+def test_a_folder_that_cannot_be_written_is_a_message(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match=r"file.*: Not a directory"):
+        AnswerFile(tmp_path / "file" / "answers", "answers").begin({})
+    with AnswerFile(tmp_path, "answers") as file, pytest.raises(UserError, match="File too large"), room_for(10):
+        file.begin({"seed": "x" * 100})
+
+
 def test_two_processes_do_not_write_to_one_file(tmp_path):
     with AnswerFile(tmp_path, "answers") as file:
         file.begin({})
@@ -538,3 +655,278 @@ def test_verdicts_stay_with_their_answers_when_they_come_in_another_order(tmp_pa
     # Control: in this run the order did change, so the original's way would have kept others.
     in_order = [entry["verdict"]["rating"] for entry in entries]
     assert {f"q{i}" for i, rating in enumerate(in_order) if rating == "good"} != good
+
+
+# --- the steps, one after the other ---
+
+ROWS = [{"instruction": f"Do {i}.", "input": "", "output": f"Done {i}."} for i in range(6)]
+
+
+class Teacher:
+    """Teacher and judge of both sets. Its answers carry the generation that it is in; `poor`: judged so by the text."""
+
+    def __init__(self):
+        self.generation = "one"
+        self.poor: set[str] = set()
+        self.silent: set[str] = set()  # questions that get no answer
+        self.judged: list[str] = []
+
+    def __call__(self, request: dict) -> dict:
+        text = text_of(request)
+        if "strict examiner" in text:
+            self.judged.append(text)
+            rating = "poor" if any(f"{word} " in text for word in self.poor) else "good"
+            verdict = {"reason": "r", "rating": rating}
+            if "<thought>" in text:
+                verdict |= {"final_answer_correct": True, "guesswork": False, "contradiction": False}
+            return {"content": json.dumps(verdict)}
+        if text in self.silent:
+            raise OSError("the connection ends")
+        thought = f"I look at it for as long as it takes and then I know what {text.split()[1]} is about."
+        said = f"{self.generation} for {text}"
+        image = not isinstance(request["messages"][0]["content"], str)
+        return {"content": f"<think>{thought}</think>{f'<answer>{said}</answer>' if image else said}"}
+
+
+def command(*arguments: object) -> int:
+    return main(["data", *map(str, arguments)])
+
+
+def texts_of(output: Path, name: str) -> list[str]:
+    """What the assistant says in a set, without its thoughts."""
+    rows = [row for path in sorted((output / name).glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+    return sorted(row["messages"][1]["content"].split("</think>")[-1].strip() for row in rows)
+
+
+@pytest.fixture
+def teacher():
+    return Teacher()
+
+
+@pytest.fixture
+def text_steps(tmp_path, teacher):
+    """ask, judge, convert: each runs its step with more options, in tmp_path/data."""
+    source = tmp_path / "alpaca.json"
+    source.write_text(json.dumps(ROWS))
+    with Endpoint(teacher) as server:
+        every = ("--output", tmp_path / "data")
+        asking = ("--input", source, "--plain-share", 0, "--attempts", 1)
+        yield (
+            lambda *more: command("text2image", "ask", "--endpoint", server.url, *asking, *every, *more),
+            lambda *more: command("text2image", "judge", "--endpoint", server.url, *every, *more),
+            lambda *more: command("text2image", "convert", *every, *more),
+        )
+
+
+def test_a_verdict_is_of_the_answer_that_was_judged(tmp_path, teacher, text_steps, capsys):
+    """The same questions asked anew with the same options: as many answers, and none of them was judged."""
+    ask, judge, convert = text_steps
+    assert (ask(), judge(), convert()) == (0, 0, 0)
+    assert texts_of(tmp_path / "data", "text2image") == [f"one for Do {i}." for i in range(6)]
+    assert len(teacher.judged) == 6
+    assert judge() == 0
+    assert "finished already" in capsys.readouterr().out
+    assert len(teacher.judged) == 6  # control: nothing has changed, nothing is judged again
+
+    teacher.generation = "two"
+    teacher.poor = {f"two for Do {i}.\n</answer>\n\nCompare what the answer" for i in (0, 3)}
+    assert ask("--overwrite") == 0
+    assert convert("--overwrite") == 2
+    assert "the answers have changed since `qwen-merge data text2image judge` read them" in capsys.readouterr().err
+    assert judge() == 0
+    assert len(teacher.judged) == 12
+    assert convert() == 2  # as many answers as before, but others
+    assert "answers in all" in capsys.readouterr().err
+    assert convert("--resume", "--overwrite") == 0
+    assert texts_of(tmp_path / "data", "text2image") == [f"two for Do {i}." for i in (1, 2, 4, 5)]
+
+
+def test_answers_that_came_after_the_verdicts_are_not_lost(tmp_path, teacher, text_steps, capsys):
+    ask, judge, convert = text_steps
+    teacher.silent = {"Do 2."}
+    assert (ask(), judge(), judge("--accept-missing")) == (1, 2, 0)
+    teacher.silent = set()
+    assert ask() == 0
+    assert convert("--accept-missing") == 2
+    assert "Run it again first; it asks only about what is new" in capsys.readouterr().err
+    assert not (tmp_path / "data/text2image").exists()
+    assert (judge(), convert()) == (0, 0)
+    assert len(teacher.judged) == 6
+    assert texts_of(tmp_path / "data", "text2image") == [f"one for Do {i}." for i in range(6)]
+
+
+def test_later_steps_take_a_folder_and_a_limit(tmp_path, teacher, text_steps, capsys):
+    ask, judge, convert = text_steps
+    answers = tmp_path / "elsewhere"
+    assert ask("--output", answers) == 0
+    assert judge() == 2  # control: nothing in --output
+    assert judge("--input", answers, "--limit", 2) == 0
+    assert len(teacher.judged) == 2
+    capsys.readouterr()
+    assert convert("--input", answers) == 2
+    assert "was run with --limit 2: the answers beyond have no verdicts" in capsys.readouterr().err
+    assert convert("--input", answers, "--limit", 2) == 0
+    manifest = json.loads((tmp_path / "data/text2image.manifest.json").read_text())
+    assert (manifest["rows_in"], manifest["rows_out"], manifest["drops"]["beyond --limit"]["rows"]) == (6, 2, 4)
+    assert manifest["options"]["limit"] == 2
+    few = texts_of(tmp_path / "data", "text2image")
+    assert judge("--input", answers) == 0
+    assert len(teacher.judged) == 6  # the others only
+    assert judge("--input", answers, "--limit", 3) == 0
+    assert convert("--input", answers, "--overwrite") == 0  # a smaller limit has taken nothing back
+    assert set(few) < set(texts_of(tmp_path / "data", "text2image"))
+    assert len(texts_of(tmp_path / "data", "text2image")) == 6
+
+
+def test_a_manifest_says_which_fonts_drew_it(tmp_path, text_steps):
+    from qwen_merge.data.render.fonts import describe
+
+    assert [step() for step in text_steps] == [0, 0, 0]
+    manifest = json.loads((tmp_path / "data/text2image.manifest.json").read_text())
+    assert manifest["options"]["font files"] == describe("mplfonts")
+    assert {"mplfonts", "matplotlib", "pillow"} <= set(manifest["versions"])
+
+
+def write_set(folder: Path, colours: list[str]) -> Path:
+    """A converted set of small pictures, a question each."""
+    with ShardWriter(folder / "geo3k", "part-00000") as writer:
+        for number, colour in enumerate(colours):
+            turns = [f"<image>\nDescribe figure{number} here", f"It is {number}"]
+            messages = [
+                {"role": role, "content": turn} for role, turn in zip(("user", "assistant"), turns, strict=True)
+            ]
+            writer.add(Record(messages, [colour.encode()]))
+        writer.close()
+    return folder
+
+
+@pytest.fixture
+def image_steps(tmp_path, teacher):
+    """The server, and ask and judge in tmp_path/data, from tmp_path/converted."""
+    with Endpoint(teacher) as server:
+        every = ("--endpoint", server.url, "--output", tmp_path / "data")
+        yield (
+            server,
+            lambda *more: command("image-thinking", "ask", *every, "--input", tmp_path / "converted", *more),
+            lambda *more: command("image-thinking", "judge", *every, *more),
+        )
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix != ".lock"
+    }
+
+
+def test_asking_anew_without_a_teacher_changes_nothing(tmp_path, teacher, image_steps):
+    server, ask, judge = image_steps
+    write_set(tmp_path / "converted", ["red", "white", "blue"])
+    assert ask() == 0
+    before = files_below(tmp_path / "data")
+    assert len(before) == 7
+    write_set(tmp_path / "converted", ["tan", "black", "gold"])
+    server.stop()
+    assert ask("--overwrite") == 2
+    assert files_below(tmp_path / "data") == before
+    server.start()
+    assert ask("--overwrite") == 0  # control: with one, the samples are drawn anew
+    assert files_below(tmp_path / "data").keys() == before.keys()
+    name = "image_thinking.answers/samples/geo3k.parquet"
+    assert files_below(tmp_path / "data")[name] != before[name]
+    assert judge() == 0
+    assert len(texts_of(tmp_path / "data", "image_thinking")) == 3
+
+
+def test_an_answer_is_of_the_sample_that_was_shown(tmp_path, teacher, image_steps, capsys):
+    """Other pictures under the same ids: their answers are no answers to these."""
+    _, ask, judge = image_steps
+    converted = write_set(tmp_path / "converted", ["red", "white", "blue"])
+    assert ask() == 0
+    assert [entry is not None for _, entry in answered(tmp_path / "data")] == [True] * 3
+    other = tmp_path / "other"
+    write_set(converted, ["red", "black", "blue"])
+    assert (
+        command("image-thinking", "ask", "--endpoint", image_steps[0].url, "--input", converted, "--output", other) == 0
+    )
+    names = ("samples.jsonl", "samples.done.json", "samples/geo3k.parquet")
+    for name in names:
+        (tmp_path / "data/image_thinking.answers" / name).write_bytes(
+            (other / "image_thinking.answers" / name).read_bytes()
+        )
+    assert [entry is not None for _, entry in answered(tmp_path / "data")] == [True, False, True]
+    capsys.readouterr()
+    assert judge() == 2
+    assert "the samples have changed since `qwen-merge data image-thinking ask` read them" in capsys.readouterr().err
+    assert teacher.judged == []
+
+
+def test_samples_that_cannot_be_written_are_a_message(tmp_path, image_steps, capsys):
+    _, ask, _ = image_steps
+    write_set(tmp_path / "converted", ["red", "white" * 20_000])
+    with room_for(50_000):
+        assert ask() == 2
+    assert "File too large" in capsys.readouterr().err
+    assert ask() == 0  # control
+
+
+@pytest.mark.parametrize("described", [True, False])
+def test_two_conversions_of_the_same_size_are_two_sources(tmp_path, described):
+    from qwen_merge.data.counts import Counts
+    from qwen_merge.data.manifest import Manifest, manifest_path
+
+    found = []
+    for colours in (["red", "white"], ["tan", "black"], ["red", "white"]):
+        with ShardWriter(tmp_path / "geo3k", "part-00000") as writer:
+            for colour in colours:
+                messages = [{"role": "user", "content": "<image>x"}, {"role": "assistant", "content": "y"}]
+                writer.add(Record(messages, [colour.encode()]))
+            shards = writer.close()
+        if described:
+            counts = Counts(rows_in=2, rows_out=2)
+            Manifest("geo3k", "s", None, {}, 0, counts, shards).write(manifest_path(tmp_path, "geo3k"))
+        found.append((fingerprint(tmp_path / "geo3k"), shards[0].bytes))
+    assert found[0] == found[2]
+    assert found[0][1] == found[1][1]  # of the same size
+    assert found[0][0] != found[1][0]
+
+
+def test_verdicts_stay_when_the_set_is_made_anew(tmp_path, teacher, image_steps, capsys):
+    server, ask, judge = image_steps
+    write_set(tmp_path / "converted", ["red", "white", "blue"])
+    verdicts = tmp_path / "data/image_thinking.answers/verdicts.jsonl"
+    teacher.silent = {"Describe figure1 here"}
+    assert (ask("--attempts", 1), judge("--accept-missing")) == (1, 0)
+    assert len(texts_of(tmp_path / "data", "image_thinking")) == 2
+    paid = verdicts.read_bytes()
+    teacher.silent = set()
+    assert (ask(), judge()) == (0, 0)  # the one that was missing came
+    assert len(texts_of(tmp_path / "data", "image_thinking")) == 3
+    assert verdicts.read_bytes().startswith(paid)
+    assert len(teacher.judged) == 3
+    server.stop()
+    assert judge("--shard-mb", 7) == 0  # nobody is asked
+    manifest = json.loads((tmp_path / "data/image_thinking.manifest.json").read_text())
+    assert (manifest["options"]["shard_mb"], manifest["rows_out"]) == (7, 3)
+    assert judge("--shard-mb", 7) == 0
+    assert "image_thinking: the set is finished already" in capsys.readouterr().out
+    # Control: what another hand made is not replaced.
+    (tmp_path / "data/image_thinking.manifest.json").unlink()
+    assert judge() == 2
+    said = capsys.readouterr().err
+    assert "this command did not make it" in said
+    assert "--overwrite" not in said
+    assert len(texts_of(tmp_path / "data", "image_thinking")) == 3
+
+
+def test_a_limit_of_samples(tmp_path, teacher, image_steps):
+    _, ask, judge = image_steps
+    write_set(tmp_path / "converted", ["red", "white", "blue"])
+    assert (ask("--output", tmp_path / "elsewhere"), judge()) == (0, 2)
+    assert judge("--input", tmp_path / "elsewhere", "--limit", 2) == 0
+    manifest = json.loads((tmp_path / "data/image_thinking.manifest.json").read_text())
+    assert (len(teacher.judged), manifest["rows_in"], manifest["rows_out"]) == (2, 3, 2)
+    assert manifest["drops"]["beyond --limit"]["rows"] == 1
+    assert judge("--input", tmp_path / "elsewhere") == 0
+    assert (len(teacher.judged), len(texts_of(tmp_path / "data", "image_thinking"))) == (3, 3)

@@ -8,16 +8,25 @@ import json
 from pathlib import Path
 from typing import Any
 
+from qwen_merge.data.numbers import at_least
+
 ENDPOINTS_EPILOG = """\
 Teacher and judge are OpenAI-compatible servers, such as vLLM. Give --endpoint once for each: requests go round the
 healthy ones, 32 in flight on each; a server that dies is left out until it is back, and its requests go elsewhere.
 A key goes into the environment variable QWEN_MERGE_API_KEY.
 
+A URL without a path gets /v1; one with a path is taken as it is (https://open.bigmodel.cn/api/paas/v4).
+
 Every answer is written as it comes. Kill the command when you like and give it again: it asks only for what is missing.
 """
 
 
+# What --extra-body cannot say: the command says it, or reads replies that would look otherwise.
+OWN_FIELDS = ("messages", "model", "max_tokens", "max_completion_tokens", "stream", "n")
+
+
 def add_parsers(subparsers: argparse._SubParsersAction) -> None:
+    later = "the others can be judged later"
     text = subparsers.add_parser("text2image", help="stage 3: questions answered by a teacher, drawn as pictures")
     steps = text.add_subparsers(dest="distil_step", metavar="COMMAND", required=True)
     parser = _step(steps, "ask", "answers from a teacher", _ask_text)
@@ -38,7 +47,7 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
         help="a local copy: a file, folder or glob of json, jsonl, parquet or arrow files; its columns say which set "
         "it is (may be repeated; default: from the hub)",
     )
-    parser.add_argument("--limit", type=_at_least(1), metavar="N", help="only the first N rows of each set: for trials")
+    parser.add_argument("--limit", type=at_least(1), metavar="N", help="only the first N rows of each set: for trials")
     parser.add_argument(
         "--share", type=_share, default=1.0, metavar="P", help="of the questions, a uniform sample (default: all)"
     )
@@ -54,6 +63,7 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     parser = _step(steps, "judge", "verdicts on the answers, against the set's own", _judge_text)
     add_endpoint_options(parser, max_tokens=1024)
     _add_judge_options(parser, json_schema=True)
+    _add_later_options(parser, "`ask` wrote its answers; the verdicts are written beside them", f"answers, {later}")
 
     parser = _step(steps, "convert", "the judged answers and drawn questions as a set", _convert_text)
     _add_output(parser)
@@ -63,7 +73,8 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     )
     _add_shard_mb(parser)
     _add_accept_missing(parser)
-    parser.add_argument("--workers", type=_at_least(1), default=1, metavar="N", help="processes (default: 1)")
+    _add_later_options(parser, "the answers and their verdicts are", "answers, by their ids")
+    parser.add_argument("--workers", type=at_least(1), default=1, metavar="N", help="processes (default: 1)")
     parser.add_argument(
         "--engine",
         choices=("processes", "ray"),
@@ -86,12 +97,12 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--sets", nargs="+", default=[], metavar="SET", help="only these (default: all that are there)")
     parser.add_argument(
         "--samples",
-        type=_at_least(1),
+        type=at_least(1),
         default=1000,
         metavar="N",
         help="rows drawn from each set (default: %(default)s)",
     )
-    parser.add_argument("--limit", type=_at_least(1), metavar="N", help="the same as --samples N")
+    parser.add_argument("--limit", type=at_least(1), metavar="N", help="the same as --samples N")
     for name, kind in (("temperature", float), ("top-p", float), ("top-k", int)):
         parser.add_argument(f"--{name}", type=kind, metavar="X", help="of the teacher (default: its server's own)")
     _add_decontaminate(parser)
@@ -99,6 +110,7 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     parser = _step(steps, "judge", "filters, verdicts, and the set", _judge_image)
     add_endpoint_options(parser, max_tokens=4096)
     _add_judge_options(parser, json_schema=False)
+    _add_later_options(parser, "`ask` wrote its answers; the verdicts are written beside them", f"samples, {later}")
     _add_shard_mb(parser)
 
 
@@ -123,17 +135,17 @@ def add_endpoint_options(parser: argparse.ArgumentParser, max_tokens: int) -> No
     parser.add_argument("--model", help="the served model's name (default: what the servers say)")
     parser.add_argument(
         "--in-flight",
-        type=_at_least(1),
+        type=at_least(1),
         default=32,
         metavar="N",
         help="requests at a time for each server (default: %(default)s)",
     )
     parser.add_argument(
-        "--max-tokens", type=_at_least(1), default=max_tokens, metavar="N", help="of one answer (default: %(default)s)"
+        "--max-tokens", type=at_least(1), default=max_tokens, metavar="N", help="of one answer (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of every choice and every answer (default: %(default)s)")
     parser.add_argument(
-        "--attempts", type=_at_least(1), default=6, metavar="N", help="of a request that fails (default: %(default)s)"
+        "--attempts", type=at_least(1), default=6, metavar="N", help="of a request that fails (default: %(default)s)"
     )
     parser.add_argument(
         "--slowest",
@@ -153,11 +165,21 @@ def add_endpoint_options(parser: argparse.ArgumentParser, max_tokens: int) -> No
         "--extra-body", type=_object, default={}, metavar="JSON", help="more of each request, e.g. '{\"min_p\": 0.05}'"
     )
     parser.add_argument("--resume", action="store_true", help="go on with what is there, which is done in any case")
-    _add_overwrite(parser, "throw away the answers that are there and begin anew")
+    _add_overwrite(parser, "throw away the answers (or verdicts) that are there and begin anew")
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("data"), help="LLaMA-Factory's dataset_dir (default: data)")
+
+
+def _add_later_options(parser: argparse.ArgumentParser, where: str, what: str) -> None:
+    parser.add_argument("--input", type=Path, metavar="FOLDER", help=f"where {where} (default: the same as --output)")
+    parser.add_argument(
+        "--limit",
+        type=at_least(1),
+        metavar="N",
+        help=f"only the first N {what}: for trials",
+    )
 
 
 def _add_overwrite(parser: argparse.ArgumentParser, text: str) -> None:
@@ -166,7 +188,7 @@ def _add_overwrite(parser: argparse.ArgumentParser, text: str) -> None:
 
 def _add_shard_mb(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--shard-mb", type=_at_least(1), default=512, metavar="N", help="MiB a shard at most (default: %(default)s)"
+        "--shard-mb", type=at_least(1), default=512, metavar="N", help="MiB a shard at most (default: %(default)s)"
     )
 
 
@@ -197,16 +219,6 @@ def _add_judge_options(parser: argparse.ArgumentParser, json_schema: bool) -> No
     _add_accept_missing(parser)
 
 
-def _at_least(minimum: int):
-    def number(text: str) -> int:
-        value = int(text)
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"{value}; expected at least {minimum}")
-        return value
-
-    return number
-
-
 def _positive(text: str) -> float:
     value = float(text)
     if not value > 0:
@@ -228,6 +240,11 @@ def _object(text: str) -> dict[str, Any]:
         raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"{text!r}; expected a JSON object")
+    if own := [name for name in OWN_FIELDS if name in value]:
+        raise argparse.ArgumentTypeError(
+            f"{', '.join(own)} cannot be given here: --model and --max-tokens have options of their own, and each "
+            "request asks for one whole answer"
+        )
     return value
 
 
@@ -267,12 +284,13 @@ def _judge_text(arguments: argparse.Namespace) -> int:
     from qwen_merge.data.text2image.judge import judge
 
     summary = judge(
-        arguments.output,
+        arguments.input or arguments.output,
         _servers(arguments),
         arguments.seed,
         arguments.json_schema,
         arguments.accept_missing,
         arguments.overwrite,
+        arguments.limit,
     )
     return report("text2image, verdicts", summary)
 
@@ -282,6 +300,8 @@ def _convert_text(arguments: argparse.Namespace) -> int:
 
     options = ConvertOptions(
         output=arguments.output,
+        input=arguments.input,
+        limit=arguments.limit,
         seed=arguments.seed,
         fonts=arguments.fonts,
         shard_mb=arguments.shard_mb,
@@ -315,6 +335,8 @@ def _judge_image(arguments: argparse.Namespace) -> int:
 
     options = JudgeOptions(
         output=arguments.output,
+        input=arguments.input,
+        limit=arguments.limit,
         seed=arguments.seed,
         json_schema=arguments.json_schema,
         accept_missing=arguments.accept_missing,

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from qwen_merge.data.disk import refusal
 from qwen_merge.errors import UserError
 
 
@@ -27,17 +28,27 @@ class Journal:
         self.extend([entry])
 
     def extend(self, entries: Iterable[object]) -> None:
-        """Write a batch with one force to the disk, which takes milliseconds: once a batch, not once a line."""
+        """Write a batch with one force to the disk, which takes milliseconds: once a batch, not once a line.
+
+        Raises:
+            UserError: it cannot be written (a full disk, a folder without permission). What was there stays whole.
+        """
         lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
         data = "".join(lines).encode("utf-8", "surrogatepass")
         if not data:
             return
-        if self._file < 0:
-            self._open()
-        view = memoryview(data)
-        while view:
-            view = view[os.write(self._file, view) :]
-        os.fsync(self._file)
+        try:
+            if self._file < 0:
+                self._open()
+            view = memoryview(data)
+            while view:
+                view = view[os.write(self._file, view) :]
+            os.fsync(self._file)
+        except BaseException as error:
+            self.close()  # half a line may be there: the next append opens the file again, which cuts it off
+            if isinstance(error, OSError):
+                raise refusal(error, self.path) from error
+            raise
 
     def read(self) -> list:
         """All whole lines, oldest first. A file that does not exist is an empty journal."""

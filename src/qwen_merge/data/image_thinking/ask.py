@@ -2,7 +2,8 @@
 
     qwen-merge data image-thinking ask --endpoint http://localhost:8000/v1
 
-The teacher's sampling is its server's own (`generation_config.json`) unless options say otherwise. Answers are appended
+The samples are drawn once a server has answered, and each answer carries the mark of its sample. The teacher's
+sampling is its server's own (`generation_config.json`) unless options say otherwise. Answers are appended
 to <output>/image_thinking.answers/answers.jsonl as they come; a restart asks only for what is missing.
 """
 
@@ -16,7 +17,14 @@ from typing import Any
 from qwen_merge.data.image_thinking import SET
 from qwen_merge.data.image_thinking.samples import ROWS, Sample, converted_sets, draw, fingerprint, read_samples
 from qwen_merge.data.teacher.answers import AnswerFile, Request, Summary
-from qwen_merge.data.teacher.steps import Servers, decontaminate_option, evaluation_index, run_step, short_hash
+from qwen_merge.data.teacher.steps import (
+    Servers,
+    decontaminate_option,
+    evaluation_index,
+    run_step,
+    sha256_of,
+    short_hash,
+)
 from qwen_merge.data.teacher.texts import seed_of
 
 COMMAND = "qwen-merge data image-thinking ask"
@@ -58,6 +66,12 @@ def drawn(output: Path) -> list[dict[str, Any]]:
     return sorted(samples_file(output).entries(), key=lambda line: line["id"])
 
 
+def drawn_content(output: Path) -> str | None:
+    """A hash of all samples; None if they are not all drawn."""
+    file = samples_file(output)
+    return file.done(COMMAND)["content"] if file.done_path.exists() else None
+
+
 def samples(output: Path) -> Iterator[Sample]:
     """All drawn samples, in the order of their sets and places."""
     for line in drawn(output):
@@ -90,14 +104,14 @@ def request_of(sample: Sample, options: AskOptions, servers: Servers) -> Request
         **options.sampling,
         **servers.extra_body,
     }
-    return Request(sample.id, body)
+    return Request(sample.id, body, of=sample.mark())
 
 
 def ask(options: AskOptions, servers: Servers, overwrite: bool = False) -> Summary | None:
     """Run the step; None when it was finished before.
 
     Raises:
-        UserError: see converted_sets() and run_step().
+        UserError: see converted_sets() and run_step(). While no server answers, nothing that is there changes.
     """
     sets = converted_sets(options.input, options.sets)
     recorded = {
@@ -106,13 +120,14 @@ def ask(options: AskOptions, servers: Servers, overwrite: bool = False) -> Summa
         "seed": options.seed,
         "decontaminate": decontaminate_option(options.decontaminate),
     }
-    _draw_all(sets, options, recorded, overwrite)
     return run_step(
         answers_file(options.output),
         {**recorded, "sampling": options.sampling or None},
         servers,
         lambda: (request_of(sample, options, servers) for sample in samples(options.output)),
         overwrite=overwrite,
+        before=lambda: {"samples": drawn_content(options.output)},
+        prepare=lambda: _draw_all(sets, options, recorded, overwrite),
     )
 
 
@@ -125,7 +140,7 @@ def _draw_all(sets: dict[str, Path], options: AskOptions, recorded: dict[str, An
         for name in missing:
             target = sample_path(options.output, name)
             line = draw(name, sets[name], options.rows, options.seed, target, index)
-            file.journal.append({"id": name, **line})
+            file.journal.append({"id": name, **line, "sha256": sha256_of(target)})
             kept, seen = line["counts"]["rows_out"], line["seen"]
             print(f"{SET}: {kept:,} samples of {name}'s {seen:,} rows", file=sys.stderr, flush=True)
         file.finish({"requests": len(sets), "missing": 0})

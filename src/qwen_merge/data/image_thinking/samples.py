@@ -10,6 +10,7 @@ Of a conversation with several turns the first is asked about: it is the only on
 later turns are left out, and such rows are counted.
 """
 
+import hashlib
 import heapq
 import json
 import os
@@ -22,8 +23,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qwen_merge.data.counts import Counts
+from qwen_merge.data.disk import told
+from qwen_merge.data.manifest import Manifest, manifest_path
 from qwen_merge.data.schema import IMAGE_TAG, USER
 from qwen_merge.data.teacher import filters
+from qwen_merge.data.teacher.steps import sha256_of
 from qwen_merge.data.teacher.texts import mark_in, share_of
 from qwen_merge.errors import UserError
 
@@ -42,6 +46,12 @@ class Sample:
     question: str
     reference: str
     picture: bytes
+
+    def mark(self) -> str:
+        """Of everything in it: answers belong to this very sample, not to whatever has its id."""
+        digest = hashlib.sha256(json.dumps([self.id, self.set, self.question, self.reference]).encode("ascii"))
+        digest.update(self.picture)
+        return digest.hexdigest()[:24]
 
 
 def converted_sets(folder: Path, names: list[str]) -> dict[str, Path]:
@@ -69,8 +79,22 @@ def _is_set(path: Path) -> bool:
 
 
 def fingerprint(folder: Path) -> list:
-    """Names and sizes of a set's shards: another conversion is another source."""
-    return [[path.name, os.path.getsize(path)] for path in _shards(folder)]
+    """Names and sha256 of a set's shards: another conversion is another source.
+
+    The hashes are the manifest's where it fits the files, else they are worked out, which reads the whole set.
+
+    Raises:
+        UserError: the manifest or a shard cannot be read.
+    """
+    paths = _shards(folder)
+    described = manifest_path(folder.parent, folder.name)
+    if described.is_file():
+        listed = {shard.name: shard for shard in Manifest.read(described).shards}
+        if {name: shard.bytes for name, shard in listed.items()} == {
+            path.name: os.path.getsize(path) for path in paths
+        }:
+            return [[path.name, listed[path.name].sha256] for path in paths]
+    return [[path.name, sha256_of(path)] for path in paths]
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -87,36 +111,37 @@ def draw(name: str, folder: Path, rows: int, seed: int, target: Path, index: Any
         {"counts": of the drawn rows, "seen": rows in the set, "eligible": …, "several_turns": … of the drawn}
 
     Raises:
-        UserError: a shard cannot be read.
+        UserError: a shard cannot be read, or the sample cannot be written.
     """
     chosen, seen, eligible, unfit = _choose(name, folder, rows, seed)
     counts = Counts(rows_in=len(chosen))
     several = 0
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    pending: list[dict[str, Any]] = []
-    with pq.ParquetWriter(
-        temporary, SAMPLE, compression="none", use_dictionary=False, write_statistics=False
-    ) as writer:
-        for number, messages, pictures in _rows_at(folder, chosen):
-            key = f"{name}/{number}"
-            question, reference = _first_turn(messages)
-            if hit := filters.near_copy(index, question, pictures[0]):
-                counts.drop(filters.NEAR_COPY, f"{key}: {hit}")
-                continue
-            counts.rows_out += 1
-            several += len(messages) > 2
-            pending.append(
-                {"id": key, "set": name, "question": question, "reference": reference, "picture": pictures[0]}
-            )
-            if sum(len(row["picture"]) for row in pending) >= GROUP_BYTES:
+    with told(target.parent):
+        temporary = target.with_name(f".{target.name}.{os.getpid()}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        pending: list[dict[str, Any]] = []
+        with pq.ParquetWriter(
+            temporary, SAMPLE, compression="none", use_dictionary=False, write_statistics=False
+        ) as writer:
+            for number, messages, pictures in _rows_at(folder, chosen):
+                key = f"{name}/{number}"
+                question, reference = _first_turn(messages)
+                if hit := filters.near_copy(index, question, pictures[0]):
+                    counts.drop(filters.NEAR_COPY, f"{key}: {hit}")
+                    continue
+                counts.rows_out += 1
+                several += len(messages) > 2
+                pending.append(
+                    {"id": key, "set": name, "question": question, "reference": reference, "picture": pictures[0]}
+                )
+                if sum(len(row["picture"]) for row in pending) >= GROUP_BYTES:
+                    writer.write_table(pa.Table.from_pylist(pending, SAMPLE))
+                    pending = []
+            if pending:
                 writer.write_table(pa.Table.from_pylist(pending, SAMPLE))
-                pending = []
-        if pending:
-            writer.write_table(pa.Table.from_pylist(pending, SAMPLE))
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, target)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
     return {
         "counts": counts.to_json(),
         "seen": seen,

@@ -8,11 +8,15 @@ Beside the journal lie its options: answers of two teachers, or of two seeds, ne
 
     <name>.jsonl           one line a request: {"id", …what the request keeps…, "text", "finish_reason", …} or "refused"
     <name>.options.json    what decides the answers; a restart must give the same, or --overwrite
-    <name>.done.json       written when all requests were seen: how many, where the others went
+    <name>.done.json       written when all requests were seen: how many, where the others went, and the content's hash
+
+What a line is about may change while its id stays: a question asked again gets another answer, and a verdict on the old
+one says nothing about it. Such a line carries "of", the mark of what it is about, and counts for that alone.
 """
 
 import asyncio
 import fcntl
+import hashlib
 import json
 import os
 import sys
@@ -23,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qwen_merge.data.disk import told
 from qwen_merge.data.journal import Journal
 from qwen_merge.data.manifest import option_changes, write_json
 from qwen_merge.data.teacher.endpoints import Pool
@@ -35,11 +40,31 @@ PROGRESS_EVERY = 10.0  # seconds
 
 @dataclass(frozen=True)
 class Request:
-    """`id`: unique in its file; `body`: as the API takes it, without `model`; `keep`: goes into the answer's line."""
+    """`id`: unique in its file; `body`: as the API takes it, without `model`; `keep`: goes into the answer's line.
+
+    `of`: the mark of what the request is about, if that can change under the same id; see mark_of().
+    """
 
     id: str
     body: dict[str, Any]
     keep: dict[str, Any] = field(default_factory=dict)
+    of: str | None = None
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """The first part of its line."""
+        return {"id": self.id, **({"of": self.of} if self.of is not None else {}), **self.keep}
+
+
+def key_of(name: str, of: str | None = None) -> str:
+    """What a line is found by: its id, and the mark of what it is about."""
+    return name if of is None else f"{name} of {of}"
+
+
+def mark_of(entry: dict[str, Any]) -> str:
+    """A line's mark: another answer under the same id has another one."""
+    text = json.dumps(entry, sort_keys=True)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()[:24]
 
 
 # Asks for what becomes of one request: the part of its line that is not id and keep.
@@ -66,41 +91,57 @@ class AnswerFile:
             Whether answers are there to go on from.
 
         Raises:
-            UserError: other options; another process writes to the file.
+            UserError: other options; another process writes to the file; the folder cannot be written. What was
+                finished then stays finished.
         """
         options = json.loads(json.dumps(options))  # as it will be read: tuples become lists
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._take_lock()
-        self.done_path.unlink(missing_ok=True)
-        if self.options_path.exists() and not overwrite:
-            changes = option_changes(self.options()["options"], options)
-            if changes:
-                self.close()
+        with told(self.path.parent):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+        try:
+            going_on = not overwrite and self._compare(options)
+            with told(self.path.parent):
+                self.done_path.unlink(missing_ok=True)
+                if not going_on:
+                    self.path.unlink(missing_ok=True)  # before the options: answers never stand under other ones
+                    write_json(self.options_path, {"options": options})
+        except BaseException:
+            self.close()
+            raise
+        return going_on and self.path.exists()
+
+    def _compare(self, options: dict[str, Any]) -> bool:
+        """Whether the file was begun, with the same options; others are refused, and change nothing."""
+        if self.options_path.exists():
+            if changes := option_changes(self.options(), options):
                 raise UserError(
                     f"the answers in {self.path} were begun with other options: {'; '.join(changes)}. Give the same "
                     "to go on, --overwrite to throw them away and start anew, or another --output."
                 )
-            return self.path.exists()
-        if self.path.exists() and not overwrite:
-            self.close()
+            return True
+        if self.path.exists():
             raise UserError(
                 f"{self.path} exists without {self.options_path.name}. Give --overwrite to throw it away, or another "
                 "--output."
             )
-        self.path.unlink(missing_ok=True)
-        write_json(self.options_path, {"options": options})
         return False
 
     def options(self) -> dict[str, Any]:
-        return json.loads(self.options_path.read_text(encoding="utf-8"))
+        """The options that the answers were begun with.
+
+        Raises:
+            UserError: they cannot be read.
+        """
+        return _read_object(self.options_path, "options")["options"]
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Record that every request was seen, whether or not it was answered."""
         self.journal.close()
-        write_json(self.done_path, summary)
+        with told(self.path.parent):
+            write_json(self.done_path, {**summary, "content": self.content()})
 
     def done(self, command: str) -> dict[str, Any]:
-        """What finish() recorded.
+        """What finish() recorded, with the hash of the content that it found.
 
         Raises:
             UserError: `command`, which writes this file, has not come to its end.
@@ -108,21 +149,30 @@ class AnswerFile:
         if not self.done_path.exists():
             state = "is not finished" if self.path.exists() else "has not been run"
             raise UserError(f"`{command}` {state} ({self.done_path} is missing). Run it to its end first.")
-        return json.loads(self.done_path.read_text(encoding="utf-8"))
+        return _read_object(self.done_path, "requests", "missing", "content")
+
+    def content(self) -> str:
+        """A hash of all lines, whatever their order: servers answer in another one each time."""
+        lines = sorted(mark_of(entry) for entry in self.entries())
+        return hashlib.sha256("".join(lines).encode("ascii")).hexdigest()[:24]
 
     def index(self) -> dict[str, int]:
-        """Each id's place in the file, in bytes; of an id that is there twice, the first. About 150 bytes an answer."""
+        """Each line's place in the file, in bytes, by its key_of(); of a key that is there twice, the first.
+
+        About 150 bytes an answer.
+        """
         places: dict[str, int] = {}
         for place, entry in self._lines():
-            places.setdefault(entry["id"], place)
+            places.setdefault(key_of(entry["id"], entry.get("of")), place)
         return places
 
     def entries(self) -> Iterator[dict[str, Any]]:
-        """The lines in the order they came, each id once."""
+        """The lines in the order they came, each key_of() once."""
         seen: set[str] = set()
         for _, entry in self._lines():
-            if entry["id"] not in seen:
-                seen.add(entry["id"])
+            key = key_of(entry["id"], entry.get("of"))
+            if key not in seen:
+                seen.add(key)
                 yield entry
 
     def _lines(self) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -167,6 +217,21 @@ class AnswerFile:
             ) from None
         except OSError:  # a file system without locks
             pass
+
+
+def _read_object(path: Path, *keys: str) -> dict[str, Any]:
+    """A JSON file of this module."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        missing = [key for key in keys if key not in found]
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}). Mend it, or start anew with --overwrite.") from None
+    if missing or not isinstance(found, dict):
+        raise UserError(
+            f"{path} has no {', '.join(missing) or 'fields'}: it is empty, or was changed or made by something else. "
+            "Mend it, or start anew with --overwrite."
+        )
+    return found
 
 
 def read_at(path: Path, places: Iterable[int]) -> Iterator[dict[str, Any]]:
@@ -271,7 +336,7 @@ class _Harvest:
         summary, lines = self.summary, []
         other: BaseException | None = None
         for request, task in ended:
-            line = {"id": request.id, **request.keep}
+            line = request.head
             error = task.exception()
             if error is None:
                 lines.append({**line, **task.result()})
@@ -306,8 +371,9 @@ class _Harvest:
 
 def _next_unknown(iterator: Iterator[Request], known: set[str], summary: Summary) -> Request | None:
     for request in iterator:
-        if request.id not in known:
-            known.add(request.id)
+        key = key_of(request.id, request.of)
+        if key not in known:
+            known.add(key)
             return request
         summary.there += 1
     return None

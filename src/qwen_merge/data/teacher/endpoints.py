@@ -21,6 +21,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 from qwen_merge.data.teacher.replies import Failed, Reply, Shorter, Transient, cause_of, meaning_of, read_reply
 from qwen_merge.errors import UserError
@@ -75,7 +76,7 @@ class Pool:
     """Use as an async context manager: entering it checks every server, leaving it ends what is under way.
 
     Args:
-        urls: base URLs, with or without `/v1`; several may name the same machine.
+        urls: base URLs; `/v1` is added to one without a path. Several may name the same machine.
         model: the served model's name; None takes it from each server's `/v1/models`, which must then all agree.
         in_flight: requests at a time for each server.
 
@@ -86,14 +87,18 @@ class Pool:
     def __init__(
         self, urls: list[str], model: str | None = None, in_flight: int = 32, patience: Patience | None = None
     ):
-        problems = [f"{url!r} is no URL such as http://localhost:8000/v1" for url in urls if not _URL.match(url)]
+        self.urls, problems = [], []
+        for url in urls:
+            try:
+                self.urls.append(base_url(url))
+            except ValueError as error:
+                problems.append(f"{url!r} is no URL such as http://localhost:8000/v1: {error}")
         if not urls:
             problems.append("no --endpoint was given; expected at least one, such as http://localhost:8000/v1")
         if in_flight < 1:
             problems.append(f"--in-flight {in_flight}: expected at least 1")
         if problems:
             raise UserError.from_list("the endpoints cannot be used:", problems)
-        self.urls = [url.rstrip("/").removesuffix("/v1") + "/v1" for url in urls]
         self.model = model
         self.in_flight = in_flight
         self.patience = patience or Patience()
@@ -345,7 +350,32 @@ class Pool:
         return True
 
 
-_URL = re.compile(r"https?://[^\s/]+")
+def base_url(given: str) -> str:
+    """The URL that `/chat/completions` is put behind: as given, with `/v1` if it has no path of its own.
+
+    Not all servers have their API under `/v1`: a path is left as it is.
+
+    Raises:
+        ValueError: it is no http URL of a server; what is wrong with it.
+    """
+    import httpx
+
+    if re.search(r"\s", given):
+        raise ValueError("there is white space in it")
+    parts = urlsplit(given)
+    if parts.scheme not in ("http", "https"):
+        raise ValueError("it does not begin with http:// or https://")
+    if not parts.hostname:
+        raise ValueError("it names no host")
+    if parts.port == 0:  # reading the port raises ValueError if it is no number, or too large a one
+        raise ValueError("no server has port 0")
+    if parts.query or parts.fragment:
+        raise ValueError("there is something behind its path")
+    try:
+        httpx.URL(given)
+    except httpx.InvalidURL as error:
+        raise ValueError(str(error)) from None
+    return given.rstrip("/") if parts.path.strip("/") else f"{parts.scheme}://{parts.netloc}/v1"
 
 
 def _say(message: str) -> None:

@@ -16,6 +16,8 @@ from qwen_merge.data.teacher.answers import AnswerFile, Request, Settle, Summary
 from qwen_merge.data.teacher.endpoints import Patience, Pool
 from qwen_merge.errors import UserError
 
+BEYOND_LIMIT = "beyond --limit"
+
 
 @dataclass
 class Servers:
@@ -41,7 +43,8 @@ def run_step(
     settle: Settle = plain_answer,
     overwrite: bool = False,
     totals: Callable[[], dict[str, Any]] = dict,
-    before: dict[str, Any] | None = None,
+    before: Callable[[], dict[str, Any]] = dict,
+    prepare: Callable[[], None] | None = None,
 ) -> Summary | None:
     """Ask for everything that is missing in `file` and record how it ended.
 
@@ -50,6 +53,7 @@ def run_step(
         requests: called once the servers are there; what it counts while it is read is in totals().
         totals: more for the record of the end.
         before: facts about what this step reads. A step is finished only as long as they are the same.
+        prepare: makes what the requests are made of, once the servers are there and old answers are gone.
 
     Returns:
         None when the step had been finished with the same options: then no server is asked.
@@ -58,24 +62,38 @@ def run_step(
         UserError: other options than before, no server, …: see Pool, AnswerFile and collect.
     """
     options = {**options, **servers.recorded()}
-    if not overwrite and _finished(file, options, servers.model, before or {}):
+    if not overwrite and _finished(file, options, servers.model, before()):
         return None
+    state: dict[str, Any] = {"model": servers.model, "begun": False, "there": False}
+
+    async def begin(pool: Pool) -> None:
+        if not state["begun"]:
+            there = file.begin({**options, "model": pool.model}, overwrite)
+            state.update(model=pool.model, begun=True, there=there)
+
+    async def check() -> None:
+        async with Pool(servers.endpoints, servers.model, servers.in_flight, servers.patience) as pool:
+            await begin(pool)
 
     async def run() -> Summary:
-        async with Pool(servers.endpoints, servers.model, servers.in_flight, servers.patience) as pool:
-            there = file.begin({**options, "model": pool.model}, overwrite)
+        async with Pool(servers.endpoints, state["model"], servers.in_flight, servers.patience) as pool:
+            await begin(pool)
             pool.warn_of_short_contexts(servers.max_tokens)
-            print(f"{pool.model} on {len(pool.urls)} endpoint(s){', going on' if there else ''}", file=sys.stderr)
+            going_on = ", going on" if state["there"] else ""
+            print(f"{pool.model} on {len(pool.urls)} endpoint(s){going_on}", file=sys.stderr)
             return await collect(file, requests(), pool, settle)
 
     with file:
+        if prepare is not None:  # it may take minutes, in which no server is waited for and Ctrl-C has to work
+            asyncio.run(check())
+            prepare()
         summary = asyncio.run(run())
         file.finish(
             {
                 "requests": summary.requests,
                 "missing": summary.failed,
                 "last_error": summary.last_error or None,
-                **(before or {}),
+                **before(),
                 **totals(),
             }
         )
@@ -85,10 +103,16 @@ def run_step(
 def _finished(file: AnswerFile, options: dict[str, Any], model: str | None, before: dict[str, Any]) -> bool:
     if not file.done_path.exists() or not file.options_path.exists():
         return False
-    recorded = file.options()["options"]
-    wanted = json.loads(json.dumps({**options, "model": model or recorded["model"]}))
+    recorded = file.options()
+    wanted = json.loads(json.dumps({**options, "model": model or recorded.get("model")}))
     done = file.done("")
-    return recorded == wanted and not done["missing"] and all(done.get(key) == value for key, value in before.items())
+    return recorded == wanted and not done["missing"] and all(_covers(done, key, before[key]) for key in before)
+
+
+def _covers(done: dict[str, Any], key: str, value: Any) -> bool:
+    """Whether a finished step's fact is still what is asked for; one with a higher limit, or none, did that too."""
+    there = done.get(key)
+    return there == value or (key == "limit" and (there is None or (value is not None and value <= there)))
 
 
 def check_missing(file: AnswerFile, command: str, accept: bool) -> dict[str, Any]:
@@ -105,6 +129,35 @@ def check_missing(file: AnswerFile, command: str, accept: bool) -> dict[str, Any
             "drop and count them."
         )
     return done
+
+
+def check_same(done: dict[str, Any], what: str, content: str | None, command: str) -> None:
+    """Whether a finished step read what is there now.
+
+    Args:
+        what: the name of what it read, in its record `done`: "answers", "samples".
+
+    Raises:
+        UserError: it read something else.
+    """
+    if done.get(what) != content:
+        raise UserError(
+            f"the {what} have changed since `{command}` read them. Run it again first; it asks only about what is new."
+        )
+
+
+def check_limit(done: dict[str, Any], limit: int | None, command: str) -> None:
+    """Whether a step that may have been run with --limit has done all that the next one takes.
+
+    Raises:
+        UserError: it has not.
+    """
+    judged = done.get("limit")
+    if judged is not None and (limit is None or limit > judged):
+        raise UserError(
+            f"`{command}` was run with --limit {judged}: the answers beyond have no verdicts. Run it again without "
+            f"--limit, which goes on, or give --limit {judged} here too."
+        )
 
 
 def report(step: str, summary: Summary | None) -> int:

@@ -107,4 +107,4 @@ def _commits(file: AnswerFile) -> dict[str, str]:
     """The commits that the hub's sets were begun at: a restart goes on with those."""
     if not file.options_path.exists():
         return {}
-    return {entry[0]: entry[1] for entry in file.options()["options"].get("input", []) if len(entry) == 2}
+    return {entry[0]: entry[1] for entry in file.options().get("input", []) if len(entry) == 2}

@@ -2,9 +2,9 @@
 
     qwen-merge data text2image convert --workers 8            or --engine ray, on a cluster
 
-Answers and verdicts meet by their ids. Rows come in the order of the ids, which are hashes: mixed, and the same
-whatever came first from the servers. A question that cannot be drawn is left as text: its row has no picture, and is
-counted.
+Answers and verdicts meet by their ids, and a verdict counts for the very answer that was judged. Rows come in the order
+of the ids, which are hashes: mixed, and the same whatever came first from the servers. A question that cannot be drawn
+is left as text: its row has no picture, and is counted.
 
 An answer that was asked for with ` /no_think` keeps that switch in the user's turn and has no thought; the template
 writes the empty one.
@@ -20,15 +20,15 @@ from qwen_merge.data.counts import Counts
 from qwen_merge.data.manifest import Manifest, package_versions
 from qwen_merge.data.schema import ASSISTANT, IMAGE_TAG, USER, Record
 from qwen_merge.data.shards import SHARD_BYTES, ShardInfo, ShardWriter
-from qwen_merge.data.teacher.answers import read_at
+from qwen_merge.data.teacher.answers import key_of, mark_of, read_at
 from qwen_merge.data.teacher.judge import NO_THINK
-from qwen_merge.data.teacher.steps import check_missing
+from qwen_merge.data.teacher.steps import BEYOND_LIMIT, check_limit, check_missing, check_same
 from qwen_merge.data.teacher.texts import is_chinese
 from qwen_merge.data.text2image import PLAIN, SET
 from qwen_merge.data.text2image.ask import COMMAND as ASK
 from qwen_merge.data.text2image.ask import answers_file
 from qwen_merge.data.text2image.judge import COMMAND as JUDGE
-from qwen_merge.data.text2image.judge import problem_of, verdicts_file
+from qwen_merge.data.text2image.judge import in_order, problem_of, verdicts_file
 from qwen_merge.data.units import run_units
 from qwen_merge.data.workspace import State, Workspace
 from qwen_merge.evaluation import thoughts
@@ -41,14 +41,24 @@ UNREADABLE = "verdict unreadable"
 
 @dataclass
 class ConvertOptions:
-    """`fonts`: see data.render.fonts; `seed`: of the pictures' looks."""
+    """`fonts`: see data.render.fonts; `seed`: of the pictures' looks.
+
+    `input`: the folder with the answers and verdicts, if it is another; `limit`: only the first N answers, in the order
+    of their ids.
+    """
 
     output: Path
+    input: Path | None = None
+    limit: int | None = None
     seed: int = 0
     fonts: str = "mplfonts"
     shard_mb: int = SHARD_BYTES // 2**20
     accept_missing: bool = False
     unit_rows: int = UNIT_ROWS
+
+    @property
+    def source(self) -> Path:
+        return self.input or self.output
 
 
 @dataclass
@@ -65,26 +75,32 @@ def convert(
     """Write <output>/text2image/; None when it was finished with the same answers and options.
 
     Raises:
-        UserError: the steps before are not finished; the state on disk asks for --resume or --overwrite; fonts are
-            missing.
+        UserError: the steps before are not finished, or the answers are others than were judged; the state on disk
+            asks for --resume or --overwrite; fonts are missing.
     """
-    answers, verdicts = answers_file(options.output), verdicts_file(options.output)
+    from qwen_merge.data.render.fonts import describe
+
+    answers, verdicts = answers_file(options.source), verdicts_file(options.source)
     asked = check_missing(answers, ASK, options.accept_missing)
     judged = check_missing(verdicts, JUDGE, options.accept_missing)
+    check_same(judged, "answers", asked["content"], JUDGE)
+    check_limit(judged, options.limit, JUDGE)
     recorded = {
-        "asked": answers.options()["options"],
-        "judged": verdicts.options()["options"],
-        "answers": asked["requests"] - asked["missing"],
-        "verdicts": judged["requests"] - judged["missing"],
+        "asked": answers.options(),
+        "judged": verdicts.options(),
+        "answers in all": {"lines": asked["requests"] - asked["missing"], "hash": asked["content"]},
+        "verdicts in all": {"lines": judged["requests"] - judged["missing"], "hash": judged["content"]},
+        "limit": options.limit,
         "seed": options.seed,
         "fonts": options.fonts,
+        "font files": describe(options.fonts),
         "shard_mb": options.shard_mb,
         "unit_rows": options.unit_rows,
     }
     with Workspace(options.output, SET) as space:
         if space.begin(recorded, resume, overwrite) is State.FINISHED:
             return None
-        kept = _join(options.output, asked)
+        kept = _join(options, asked)
         manifest = _render(kept, options, recorded, space, engine, workers)
         questions = asked["questions"]
         manifest.extra |= {
@@ -96,31 +112,34 @@ def convert(
     return manifest
 
 
-def _join(output: Path, asked: dict[str, Any]) -> _Kept:
-    """Bring answers and verdicts together by id.
+def _join(options: ConvertOptions, asked: dict[str, Any]) -> _Kept:
+    """Bring answers and their verdicts together.
 
     The set's rows in are the requests (a question, or a question without thinking) and the source rows that gave none.
     """
-    answers, verdicts = answers_file(output), verdicts_file(output)
     ratings: dict[str, str | None] = {}
-    for entry in verdicts.entries():
+    for entry in verdicts_file(options.source).entries():
+        key = key_of(entry["id"], entry.get("of"))
         verdict = entry.get("verdict")
-        ratings[entry["id"]] = sys.intern(verdict["rating"]) if verdict else None
+        ratings[key] = sys.intern(verdict["rating"]) if verdict else None
         if "refused" in entry:
-            ratings[entry["id"]] = "refused"
+            ratings[key] = "refused"
 
-    places = answers.index()
     kept = _Kept(Counts.from_json(asked["questions"]))
     kept.counts.rows_in = kept.counts.dropped + asked["requests"]
     kept.counts.rows_out = 0
-    keys = sorted(places)
-    for key, entry in zip(keys, read_at(answers.path, (places[key] for key in keys)), strict=True):
-        reason = problem_of(entry) or _judgement(ratings.get(key, "none"))
-        if reason:
-            kept.counts.drop(reason, f"{key}: {entry['question']}")
+    there = 0
+    for place, entry in in_order(options.source):
+        there += 1
+        if options.limit is not None and there > options.limit:
+            reason: str | None = BEYOND_LIMIT
         else:
-            kept.places.append(places[key])
-    for _ in range(asked["requests"] - len(places)):
+            reason = problem_of(entry) or _judgement(ratings.get(key_of(entry["id"], mark_of(entry)), "none"))
+        if reason:
+            kept.counts.drop(reason, f"{entry['id']}: {entry['question']}")
+        else:
+            kept.places.append(place)
+    for _ in range(asked["requests"] - there):
         kept.counts.drop("no answer from the teacher", "see `ask`, which tells the last error")
     return kept
 
@@ -136,7 +155,7 @@ def _render(
     kept: _Kept, options: ConvertOptions, recorded: dict[str, Any], space: Workspace, engine: str, workers: int
 ) -> Manifest:
     plan = {
-        "answers": str(answers_file(options.output).path.absolute()),
+        "answers": str(answers_file(options.source).path.absolute()),
         "folder": str(space.shards),
         "seed": options.seed,
         "fonts": options.fonts,
@@ -171,7 +190,7 @@ def _render(
         seed=options.seed,
         counts=kept.counts,
         shards=shards,
-        versions=package_versions("openai", "mplfonts"),
+        versions=package_versions("openai", "mplfonts", "matplotlib"),
         extra={"rows": dict(sorted(notes.items())), "left as text": left_as_text.to_json()["drops"]},
     )
 

@@ -3,14 +3,15 @@
     qwen-merge data text2image judge --endpoint http://localhost:8000/v1
 
 Answers that no verdict can save (cut off by length, without a finished thought, …) are not judged; `convert` counts
-them.
+them. Each verdict carries the mark of the answer that was judged: an answer that came in the place of another one is
+judged anew, and the others' verdicts stay.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qwen_merge.data.teacher.answers import AnswerFile, Request, Summary, not_ended
+from qwen_merge.data.teacher.answers import AnswerFile, Request, Summary, mark_of, not_ended, read_at
 from qwen_merge.data.teacher.judge import NO_THINK, TEXT_FIELDS, TEXT_PROMPT, judging, response_format
 from qwen_merge.data.teacher.steps import Servers, check_missing, run_step, short_hash
 from qwen_merge.data.teacher.texts import mark_in
@@ -51,7 +52,15 @@ def request_of(entry: dict[str, Any], servers: Servers, json_schema: bool) -> Re
         **({"response_format": response_format(TEXT_FIELDS)} if json_schema else {}),
         **servers.extra_body,
     }
-    return Request(entry["id"], body)
+    return Request(entry["id"], body, of=mark_of(entry))
+
+
+def in_order(output: Path, limit: int | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The answers with their places in the file, in the order of their ids; with a limit only the first ones."""
+    file = answers_file(output)
+    index = file.index()
+    places = [index[key] for key in sorted(index)[:limit]]
+    yield from zip(places, read_at(file.path, places), strict=True)
 
 
 def judge(
@@ -61,8 +70,13 @@ def judge(
     json_schema: bool = True,
     accept_missing: bool = False,
     overwrite: bool = False,
+    limit: int | None = None,
 ) -> Summary | None:
     """Run the step; None when it was finished before.
+
+    Args:
+        output: the folder that `ask` wrote to; the verdicts are written beside the answers.
+        limit: only the first N answers, in the order of their ids: for trials. More of them can be judged later.
 
     Raises:
         UserError: the answers are not all there; see run_step().
@@ -71,17 +85,17 @@ def judge(
     done = check_missing(answers, ASK, accept_missing)
 
     def requests() -> Iterator[Request]:
-        for entry in answers.entries():
+        for entry in answers.entries() if limit is None else (entry for _, entry in in_order(output, limit)):
             if problem_of(entry) is None:
                 yield request_of(entry, servers, json_schema)
 
     recorded = {
-        "answers": short_hash(str(answers.options()["options"])),
+        "answers": short_hash(str(answers.options())),
         "prompt": short_hash(TEXT_PROMPT),
         "json_schema": json_schema,
         "seed": seed,
     }
-    there = {"answers": done["requests"] - done["missing"]}
+    read = {"answers": done["content"], "limit": limit}
     return run_step(
-        verdicts_file(output), recorded, servers, requests, judging(TEXT_FIELDS, seed), overwrite, before=there
+        verdicts_file(output), recorded, servers, requests, judging(TEXT_FIELDS, seed), overwrite, before=lambda: read
     )

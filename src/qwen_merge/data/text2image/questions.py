@@ -5,7 +5,9 @@ of modes: the same question is asked in the same way wherever it stands and howe
 """
 
 import glob
+import itertools
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 
 from qwen_merge.data.counts import Counts
 from qwen_merge.data.teacher import filters
-from qwen_merge.data.teacher.steps import short_hash
+from qwen_merge.data.teacher.steps import sha256_of, short_hash
 from qwen_merge.data.teacher.texts import mark_in, share_of
 from qwen_merge.errors import UserError
 
@@ -54,10 +56,10 @@ class Origin:
     place: str  # the hub's commit, or the file's path
 
     def recorded(self) -> list:
-        """What identifies it, for the options."""
+        """What identifies it, for the options: a commit, or a file's name and content."""
         if self.builder == "hub":
             return [self.entry.hub, self.place]
-        return [self.entry.name, os.path.basename(self.place), os.path.getsize(self.place)]
+        return [self.entry.name, os.path.basename(self.place), sha256_of(Path(self.place))]
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Its rows.
@@ -166,15 +168,18 @@ def read_questions(
 
     Args:
         counts: gets the source rows (`rows_in`) and a reason for each that gives no question.
-        limit: only the first N source rows of each origin: for trials.
+        limit: only the first N source rows of each set, whatever the number of its files: for trials.
         share: of the questions, a uniform sample that depends on seed and question only.
         index: evaluation sets whose questions are left out.
     """
     seen: set[str] = set()
+    read: Counter[str] = Counter()  # rows of each set
     for origin in found:
-        for number, row in enumerate(origin.rows()):
-            if limit is not None and number >= limit:
-                break
+        left = None if limit is None else limit - read[origin.entry.name]
+        if left == 0:
+            continue
+        for number, row in enumerate(itertools.islice(origin.rows(), left)):
+            read[origin.entry.name] += 1
             counts.rows_in += 1
             text, reference = origin.entry.read(row)
             example = f"{origin.entry.name} row {number}: {text}"
