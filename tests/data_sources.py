@@ -6,6 +6,7 @@ The parquet files carry `datasets`' own feature metadata, as files pushed to the
 """
 
 import io
+import itertools
 import json
 import struct
 import tarfile
@@ -162,11 +163,11 @@ def write_arrow(path: Path, rows: list[dict], features) -> Path:
     return path
 
 
-def write_tar(path: Path, rows: Iterable[dict], ending: str = "jpg") -> Path:
-    """A WebDataset shard: KEY.jpg and KEY.json."""
+def write_tar(path: Path, rows: Iterable[dict], endings: tuple[str, ...] = ("jpg",)) -> Path:
+    """A WebDataset shard: KEY.jpg and KEY.json, the pictures' `endings` in turns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
-        for row in rows:
+        for row, ending in zip(rows, itertools.cycle(endings), strict=False):
             text = {name: value for name, value in row.items() if name != "image"}
             for suffix, data in ((ending, row["image"]), ("json", json.dumps(text).encode())):
                 entry = tarfile.TarInfo(f"{row['id']}.{suffix}")

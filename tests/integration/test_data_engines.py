@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import errno
 import hashlib
 import json
 import os
@@ -231,6 +232,8 @@ def double(unit: dict) -> dict:
         os.kill(os.getpid(), signal.SIGKILL)
     if "wrong" in unit:
         raise UserError("the third file cannot be read")
+    if "full" in unit:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "part-00000.parquet")
     if "bug" in unit:
         raise KeyError("a bug")
     return {"twice": 2 * unit["number"], "pid": os.getpid()}
@@ -269,6 +272,8 @@ def test_a_unit_that_always_kills_its_worker_is_named():
 def test_what_a_worker_raises(workers):
     with pytest.raises(UserError, match="the third file cannot be read"):
         doubled([{"number": 0, "wrong": 1}], workers=workers)
+    with pytest.raises(UserError, match=r"part-00000\.parquet: No space left on device\. Make room"):
+        doubled([{"number": 0, "full": 1}], workers=workers)
     # With one worker it is the exception itself; from another process, its traceback as text.
     with pytest.raises(KeyError if workers == 1 else RuntimeError, match="a bug"):
         doubled([{"number": 0, "bug": 1}], workers=workers)

@@ -11,11 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from qwen_merge.data import check_recipe, check_rows
+from qwen_merge.data import check_recipe, check_rows, check_sets
 from qwen_merge.data.check import check, units_of
 from qwen_merge.data.check_steps import map_batches, steps
 from qwen_merge.data.check_summary import Histogram, Summary
 from qwen_merge.data.schema import SCHEMA, Record
+from qwen_merge.data.show import look_at
 from qwen_merge.errors import UserError
 from record_sets import enlist, picture, records, run, settings, turns, write_recipe, write_set
 
@@ -343,7 +344,56 @@ def test_what_is_no_recipe(tmp_path):
     (tmp_path / "sound.yaml").write_text("a: 1\n")
     with pytest.raises(UserError, match="expected key=value"):
         check_recipe.read(tmp_path / "sound.yaml", ["cutoff_len"])
+    for override in ("cutoff_len=[1", "a=${b", "a={"):
+        with pytest.raises(UserError, match=r"a value is not YAML .*; expected key=value"):
+            check_recipe.read(tmp_path / "sound.yaml", [override])
+    (tmp_path / "half.yaml").write_text("a: ${b\n")
+    with pytest.raises(UserError, match=r"half\.yaml cannot be read as LLaMA-Factory reads it"):
+        check_recipe.read(tmp_path / "half.yaml")
     assert check_recipe.read(tmp_path / "sound.yaml", ["a=2", "b.c=x"]) == {"a": 2, "b": {"c": "x"}}
+
+
+ENTRIES: dict[str, tuple[object, str]] = {
+    "nothing": ({}, "it has no file_name"),
+    "text": ("x", "it is 'x'; expected an object"),
+    "null": (None, "it is None; expected an object"),
+    "list": ([], "it is []; expected an object"),
+    "number": ({"file_name": 3}, "its place is [3]; expected a text"),
+    "columns": ({"file_name": "f", "columns": []}, "columns is []; expected an object of texts"),
+    "a column": ({"file_name": "f", "columns": {"messages": 5}}, "columns is {'messages': 5}; expected"),
+    "tags": ({"file_name": "f", "tags": 3}, "tags is 3; expected an object of texts"),
+    "form": ({"file_name": "f", "formatting": "share"}, "formatting is 'share'; expected sharegpt"),
+    "rows": ({"file_name": "f", "num_samples": "9"}, "num_samples is '9'; expected a number"),
+}
+
+
+def test_entries_of_dataset_info_that_are_none_are_named_together(tmp_path):
+    """Control: a sound set among them is found all the same."""
+    write_set(tmp_path, "sound", records(2))
+    path = tmp_path / "dataset_info.json"
+    path.write_text(
+        json.dumps({**json.loads(path.read_text()), **{name: entry for name, (entry, _) in ENTRIES.items()}})
+    )
+    found, problems = check_sets.find_sets(["sound", *ENTRIES], str(tmp_path))
+    assert problems == []
+    assert found[0].problems == []
+    assert found[0].rows == 2
+    for files, (name, (_, said)) in zip(found[1:], ENTRIES.items(), strict=True):
+        (problem,) = files.problems
+        assert problem.startswith(f"{name}: its entry in {path} cannot be used: {said}")
+        assert files.shards == []
+        with pytest.raises(UserError, match="cannot be shown"):
+            look_at(name, dataset_dir=tmp_path)
+
+
+def test_where_the_figures_go_is_looked_at_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(check_recipe, "read", lambda *_: pytest.fail("the recipe was read"))
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "file/figures.json"):
+        with pytest.raises(UserError, match=r"is a folder; expected|cannot be written: "):
+            run("check", tmp_path / "stage.yaml", "--json", path)
+    with pytest.raises(pytest.fail.Exception):
+        run("check", tmp_path / "stage.yaml", "--json", tmp_path / "new/figures.json")
 
 
 def test_the_kits_own_recipes_parse_and_name_their_missing_sets(monkeypatch, model):

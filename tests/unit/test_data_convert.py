@@ -362,6 +362,42 @@ def test_a_killed_run_leaves_nothing_to_train_on_and_goes_on(tmp_path, capsys):
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+def test_units_whose_shards_are_gone_are_done_again(tmp_path):
+    """A journal tells of three files; the shard of one is gone and that of another is cut."""
+    source = write_recap(tmp_path / "in", 40, files=4)
+    whole = convert("geo3k", source, tmp_path / "whole")
+    last = (source / "train-00003-of-00004.parquet").read_bytes()
+    (source / "train-00003-of-00004.parquet").write_bytes(last[:-500])
+    convert("geo3k", source, tmp_path / "out", code=2)
+    working = tmp_path / "out/llavaonevision_converted/.geo3k.working"
+    (source / "train-00003-of-00004.parquet").write_bytes(last)
+    assert sorted(os.listdir(working / "shards")) == [f"part-{unit:05d}-000.parquet" for unit in range(3)]
+    (working / "shards/part-00000-000.parquet").unlink()
+    os.truncate(working / "shards/part-00001-000.parquet", 100)
+    kept = (working / "shards/part-00002-000.parquet").stat().st_ino
+    assert convert("geo3k", source, tmp_path / "out", "--resume").shards == whole.shards
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    finished = tmp_path / "out/llavaonevision_converted/geo3k/part-00002-000.parquet"
+    assert finished.stat().st_ino == kept  # control: the third was not done again
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_full_disk_ends_a_conversion_with_a_message(tmp_path, workers):
+    """A limit of the size of files stands for it; with room again, --resume ends with the same set."""
+    source = write_recap(tmp_path / "in", 200, files=2)
+    arguments = ["data", "convert", "geo3k", "--input", str(source), "--workers", workers, "--output"]
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, resource.RLIM_INFINITY)); "
+    limited = [sys.executable, "-c", limit + COMMAND, *arguments, str(tmp_path / "out")]
+    refused = subprocess.run(limited, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert "File too large. Make room" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert os.listdir(tmp_path / "out/llavaonevision_converted") == [".geo3k.working"]
+    assert cli.main([*arguments, str(tmp_path / "out"), "--resume"]) == 0
+    assert cli.main([*arguments, str(tmp_path / "whole")]) == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def test_a_restart_takes_the_hubs_commit_that_was_found_first(tmp_path):
     """Begun and killed before the first file; nothing asks the hub again, which is out of reach. The repository is a
     folder, which `datasets` reads as it reads the hub. Control: begun anew, the hub is asked."""
@@ -390,9 +426,12 @@ def test_a_finished_set_is_not_done_again(tmp_path, capsys):
     assert "finished already" in capsys.readouterr().err
     convert("geo3k", source, tmp_path / "out", "--limit", "5", code=2)
     assert "--limit: not given before, 5 now. Give --overwrite" in capsys.readouterr().err
-    write_recap(tmp_path / "in", 21)  # other files
+    write_recap(tmp_path / "in", 21)  # another file
     convert("geo3k", source, tmp_path / "out", code=2)
-    assert "files of --input" in capsys.readouterr().err
+    assert "other versions of 1 files of --input" in capsys.readouterr().err
+    write_recap(tmp_path / "in", 20, files=2)  # more files
+    convert("geo3k", source, tmp_path / "out", code=2)
+    assert "files of --input: " in capsys.readouterr().err
     manifest = convert("geo3k", source, tmp_path / "out", "--limit", "5", "--overwrite")
     assert manifest.counts.rows_out == 5
     assert len(rows(tmp_path / "out", "geo3k")) == 5
@@ -423,6 +462,13 @@ def test_a_file_that_cannot_be_read_stops_the_set_and_keeps_what_was_done(tmp_pa
     assert "--resume" in error
     assert os.listdir(tmp_path / "out/llavaonevision_converted") == [".geo3k.working"]
     (source / "train-00002-of-00004.parquet").write_bytes(whole)
+    # A file that was read may not change under the journal, not even at the same size; the one to be mended may.
+    first = source / "train-00000-of-00004.parquet"
+    before = first.read_bytes()
+    first.write_bytes(before.replace(b"Please describe", b"please describe"))
+    convert("geo3k", source, tmp_path / "out", "--resume", code=2)
+    assert "1 files of --input were converted and have changed since" in capsys.readouterr().err
+    first.write_bytes(before)
     assert convert("geo3k", source, tmp_path / "out", "--resume").counts.rows_out == 40
 
 
@@ -458,7 +504,16 @@ def test_rows_of_an_evaluation_set_are_dropped_and_counted(tmp_path):
     }
     assert "MathVista_MINI.tsv" in drops["picture is in an evaluation set"]["examples"][0]
     assert manifest.options["decontaminate"][0][0] == "MathVista_MINI.tsv"
-    assert convert("geo3k", tmp_path / "in", tmp_path / "control").counts.rows_out == 3
+    assert manifest.extra["evaluation sets"]["MathVista_MINI.tsv"] == {
+        "rows": 1,
+        "pictures": 1,
+        "pictures that do not decode": 0,
+        "questions": 1,
+        "questions too short": 0,
+    }
+    control = convert("geo3k", tmp_path / "in", tmp_path / "control")
+    assert control.counts.rows_out == 3
+    assert "evaluation sets" not in control.extra
 
 
 # The command
@@ -491,6 +546,10 @@ def test_sets_are_listed_with_what_is_there(tmp_path, capsys):
     assert set(lines) == set(SETS)
     assert "20 rows" in lines["geo3k"]
     assert "lmms-lab/LLaVA-OneVision-Data, geo3k" in lines["geo3k"]
+    for content in ("", "[]", "{}"):
+        (tmp_path / "out/llavaonevision_converted/geo3k.manifest.json").write_text(content)
+        assert cli.main(["data", "sets", "--output", str(tmp_path / "out")]) == 0
+        assert "geo3k.manifest.json is broken" in capsys.readouterr().out
 
 
 # Memory

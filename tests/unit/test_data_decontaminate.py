@@ -223,7 +223,7 @@ def test_summary_and_saved_index(index, tmp_path):
         },
     }
     index.save(tmp_path / "index.npz")
-    again = Index.read([tmp_path / "index.npz"])
+    again = Index.load(tmp_path / "index.npz")
     assert (again.names, again.summary, again.distance) == (index.names, index.summary, index.distance)
     assert again.picture_hit(copied(photograph(1), 0.5, 75)) == index.picture_hit(copied(photograph(1), 0.5, 75))
     assert again.question_hit(CHINESE) == "Bench.tsv row 13"
@@ -242,6 +242,33 @@ def test_files_that_are_no_evaluation_sets_are_refused_together(tmp_path):
     assert "its first line has nothing" in lines[2]
     assert "c.tsv: No such file" in lines[3]
     assert "d.tsv" in lines[4]
+
+
+def test_files_that_keep_nothing_out_are_refused_together(tmp_path):
+    """Control: one good picture, or one question of some length, is enough."""
+    header = {"index": 1, "question": "", "image": ""}
+    broken = text64(b"this is not a picture" * 10)
+    files = {
+        "no rows.tsv": [],
+        "no pictures.tsv": [{**header, "image": broken}, {**header, "question": LONG, "image": broken}],
+        "short.tsv": [{**header, "question": GENERIC}],
+        "empty.tsv": [header],
+        "one picture.tsv": [{**header, "image": broken}, {**header, "image": text64(encoded(photograph(1)))}],
+        "one question.tsv": [{**header, "question": GENERIC}, {**header, "question": SHORT}],
+    }
+    paths = {name: write_tsv(tmp_path / name, rows or [header]) for name, rows in files.items()}
+    paths["no rows.tsv"].write_text("index\tquestion\timage\n")
+    with pytest.raises(UserError) as error:
+        Index.read(list(paths.values()))
+    lines = str(error.value).splitlines()[1:]
+    assert [line.split(": ", 1)[1] for line in lines] == [
+        "it has no row",
+        "none of its 2 pictures decodes",
+        "it has no picture, and none of its 1 questions is long enough to look for",
+        "it has no picture, and none of its 1 questions is long enough to look for",
+    ]
+    assert [name in line for name, line in zip(paths, lines, strict=False)] == [True] * 4
+    assert Index.read([paths["one picture.tsv"], paths["one question.tsv"]]).question_hit(SHORT)
 
 
 def test_a_list_of_pictures_is_not_evaluated(tmp_path):

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -16,9 +17,10 @@ import pytest
 from qwen_merge.data import shards as shards_module
 from qwen_merge.data.counts import Counts
 from qwen_merge.data.journal import Journal
-from qwen_merge.data.manifest import Manifest, manifest_path, option_changes
+from qwen_merge.data.manifest import Manifest, manifest_path, option_changes, require_writable, write_json
 from qwen_merge.data.schema import SCHEMA, Record, table
-from qwen_merge.data.shards import ShardWriter
+from qwen_merge.data.shards import ShardInfo, ShardWriter
+from qwen_merge.data.units import run_units
 from qwen_merge.data.workspace import State, Workspace
 from qwen_merge.errors import UserError
 
@@ -346,3 +348,161 @@ def _cut(monkeypatch, moment: int, space: Workspace, made: Manifest) -> None:
         for name in ("rename", "replace", "unlink", "rmdir"):
             patch.setattr(os, name, counted(getattr(os, name)))
         Workspace.finish(space, made)
+
+
+@pytest.mark.parametrize("moment", range(8))
+def test_a_kill_while_a_set_is_begun_anew_leaves_no_journal_without_its_shards(tmp_path, monkeypatch, moment):
+    """begin() is cut before its n-th removal. The folder lists its names in any order: here the shards come first."""
+    with Workspace(tmp_path, "set") as space:
+        space.begin({"seed": 0})
+        shards = write(space.shards, 30, 5000)
+        space.journal.append({"converted": 0, "shards": [shard.to_json() for shard in shards]})
+    changes = iter(range(100))
+
+    def counted(original):
+        def change(*arguments, **options):
+            if next(changes) >= moment:
+                raise Killed
+            return original(*arguments, **options)
+
+        return change
+
+    listed = Path.iterdir
+    with monkeypatch.context() as patch, contextlib.suppress(Killed):
+        patch.setattr(Path, "iterdir", lambda path: iter(sorted(listed(path), key=lambda entry: not entry.is_dir())))
+        for name in ("unlink", "rmdir"):
+            patch.setattr(os, name, counted(getattr(os, name)))
+        with Workspace(tmp_path, "set") as space:
+            space.begin({"seed": 0}, overwrite=True)
+
+    with Workspace(tmp_path, "set") as space:
+        if space.begin({"seed": 0}, resume=True) is State.RESUMED:
+            assert all(space.has(ShardInfo(**shard) for shard in line["shards"]) for line in space.journal.entries())
+        else:
+            assert not space.journal.read()
+            assert names(space.shards) == []
+
+
+def test_a_shard_that_is_gone_or_cut_is_not_claimed(tmp_path):
+    with Workspace(tmp_path, "set") as space:
+        space.begin({"seed": 0})
+        made = write(space.shards, 30, 5000)
+        assert space.has(made)
+        path = space.shards / made[1].name
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1])
+        assert not space.has(made)
+        with pytest.raises(UserError, match=r"1 shards .* such as part-00000-001\.parquet"):
+            space.finish(manifest(made))
+        path.unlink()
+        assert not space.has(made)
+        with pytest.raises(UserError, match="missing"):
+            space.finish(manifest(made))
+        assert not (tmp_path / "set").exists()
+        path.write_bytes(whole)
+        space.finish(manifest(made))
+    assert len(names(tmp_path / "set")) == len(made)
+
+
+def test_what_killed_writers_left_is_removed_by_a_restart(tmp_path):
+    with Workspace(tmp_path, "set") as space:
+        space.begin({})
+        writer = ShardWriter(space.shards, "part-00000", 1000)
+        for number in range(9):
+            writer.add(record(number))
+        assert writer.staging.is_dir()
+        folder = space.folder
+    with Workspace(tmp_path, "set") as space:
+        assert space.begin({}, resume=True) is State.RESUMED
+        assert names(folder) == ["options.json", "shards"]
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"seed"'])
+def test_options_that_cannot_be_read_are_explained(tmp_path, content):
+    with Workspace(tmp_path, "set") as space:
+        space.begin({"seed": 0})
+        (space.folder / "options.json").write_text(content)
+    with Workspace(tmp_path, "set") as space:
+        with pytest.raises(UserError, match=r"options\.json cannot be read .* --overwrite"):
+            space.begin({"seed": 0}, resume=True)
+        assert space.begin({"seed": 0}, overwrite=True) is State.NEW
+
+
+# A full disk, which a limit of the size of files stands for, and folders that cannot be written to
+
+LIMITED = """
+import json, resource, sys
+from pathlib import Path
+from qwen_merge.data.manifest import write_json
+from qwen_merge.data.schema import Record
+from qwen_merge.data.shards import ShardInfo, ShardWriter
+from qwen_merge.data.units import run_units
+from qwen_merge.data.units import run_units
+from qwen_merge.errors import UserError
+
+folder, limit, what = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+
+def write(unit):
+    with ShardWriter(folder / "shards", "part") as writer:
+        for number in range(500):
+            writer.add(Record([{"role": "user", "content": "q"}], [bytes([number % 256]) * 400]))
+        return {"shards": [shard.name for shard in writer.close()]}
+
+def plain(unit):
+    with open(folder / "plain", "wb", buffering=0) as file:
+        for _ in range(100):
+            file.write(bytes(4096))
+    return {}
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+try:
+    if what == "shards":
+        write({})
+    elif what == "json":
+        write_json(folder / "a.json", "x" * 400_000)
+    else:
+        run_units([{"a unit": 1}], plain)
+except UserError as error:
+    print("USER", error)
+else:
+    print("FINE")
+"""
+
+
+@pytest.mark.parametrize("what", ["shards", "json", "units"])
+@pytest.mark.parametrize("limit", [10, 4_000, 100_000, 195_000, 1_000_000])
+def test_a_full_disk_is_explained_and_leaves_nothing_half(tmp_path, what, limit):
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(tmp_path), str(limit), what], capture_output=True, text=True, check=True
+    )
+    assert done.stderr == ""
+    if limit == 1_000_000:  # control: there is room
+        assert done.stdout == "FINE\n"
+    else:
+        assert done.stdout.startswith("USER ")
+        assert "File too large. Make room" in done.stdout
+        assert "--resume" in done.stdout
+        assert names(tmp_path) == (["plain"] if what == "units" else [])
+
+
+def test_a_folder_that_cannot_be_made_is_explained(tmp_path):
+    (tmp_path / "file").write_text("")
+    for action in (
+        lambda: write_json(tmp_path / "file/a.json", {}),
+        lambda: require_writable(tmp_path / "file/a.json"),
+        lambda: require_writable(tmp_path),
+        lambda: ShardWriter(tmp_path / "file/set", "part"),
+        lambda: run_units([{}], lambda unit: {"size": os.path.getsize(tmp_path / "absent")}),
+        lambda: Manifest.read(tmp_path / "absent"),
+    ):
+        with pytest.raises(UserError):
+            action()
+    require_writable(tmp_path / "new/a.json")
+    assert names(tmp_path) == ["file", "new"]
+
+
+@pytest.mark.parametrize("content", ["", "[]", '"x"', "3", "null", '{"rows_in": "a", "rows_out": 1, "drops": []}'])
+def test_no_manifest_gives_a_traceback(tmp_path, content):
+    (tmp_path / "m.json").write_text(content)
+    with pytest.raises(UserError, match="is not a manifest"):
+        Manifest.read(tmp_path / "m.json")

@@ -3,7 +3,10 @@
 .venv/bin/python -m pytest tests/unit/test_data_sets.py
 """
 
+import io
 import json
+import re
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ import pytest
 from data_sources import (
     jpeg,
     page,
+    png,
     recap_features,
     recap_row,
     synthdog_features,
@@ -19,6 +23,7 @@ from data_sources import (
     write_recap,
     write_tar,
 )
+from qwen_merge import cli
 from qwen_merge.data import sources
 from qwen_merge.data.sets import ONEVISION, ONEVISION_TEXT, SETS, configurations, dataset_name, find_sets, input_folder
 from qwen_merge.errors import UserError
@@ -76,9 +81,23 @@ def test_unknown_sets_are_named_together():
 def test_a_copy_of_onevision_has_a_folder_a_configuration(tmp_path):
     (tmp_path / "geo170k(qa)").mkdir()
     assert input_folder(tmp_path, SETS["geo170k_qa"], several=True) == tmp_path / "geo170k(qa)"
-    assert input_folder(tmp_path, SETS["geo3k"], several=False) == tmp_path
+    (tmp_path / "mine").mkdir()
+    assert input_folder(tmp_path / "mine", SETS["geo3k"], several=False) == tmp_path / "mine"
     with pytest.raises(UserError, match="no folder for geo3k"):
         input_folder(tmp_path, SETS["geo3k"], several=True)
+
+
+@pytest.mark.parametrize("folder", ["geo170k(qa)", "geo170k_qa", "LLaVA-ReCap-558K", "LLaVA-OneVision-Data"])
+def test_other_sets_folders_are_not_taken_for_a_set_that_is_not_there(tmp_path, folder):
+    write_parquet(tmp_path / folder / "train.parquet", [recap_row(0, jpeg())], recap_features())
+    (tmp_path / "parts").mkdir()  # a name that is no set's
+    with pytest.raises(UserError, match=r"no folder for geo3k, but those of other sets \(" + re.escape(folder)):
+        input_folder(tmp_path, SETS["geo3k"], several=False)
+    arguments = ["data", "convert", "geo3k", "--input", str(tmp_path), "--output", str(tmp_path / "out")]
+    assert cli.main(arguments) == 2
+    assert not (tmp_path / "out").exists()
+    (tmp_path / folder).rename(tmp_path / "mine")
+    assert input_folder(tmp_path, SETS["geo3k"], several=False) == tmp_path
 
 
 # Sources
@@ -145,6 +164,100 @@ def test_a_file_a_folder_and_a_glob(tmp_path):
     assert named(tmp_path) == train
     assert named(tmp_path / "data/*1-of-*.parquet") == train[1:]
     assert named(tmp_path / "data/validation-00000.parquet") == ["validation-00000.parquet"]
+
+
+@pytest.mark.parametrize("split", ["validation", "val", "Test", "dev-2"])
+def test_the_folder_of_another_split_is_left_out(tmp_path, split):
+    for part in ("train", split):
+        write_parquet(tmp_path / f"val/conv/{part}/0000.parquet", [recap_row(0, jpeg())], recap_features())
+    found = sources.local_source(tmp_path / "val").files  # the folder's own name is the user's word
+    assert found == [str(tmp_path / "val/conv/train/0000.parquet")]
+    (tmp_path / "val/conv/train/0000.parquet").unlink()
+    with pytest.raises(UserError, match=r"nothing found but 1 files of other splits, such as .*0000\.parquet"):
+        sources.local_source(tmp_path / "val")
+
+
+def test_local_files_are_told_apart_by_place_and_content(tmp_path):
+    """The same names and sizes, which alone would be the same data; a copy elsewhere is the same."""
+
+    def write(folder: Path, content: bytes) -> object:
+        for part in ("a", "b"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+            (folder / part / "0.parquet").write_bytes(content)
+        return sources.local_source(folder).recorded_revision()
+
+    for size in (5, 64 * sources.PIECE + 1):
+        one = write(tmp_path / f"one{size}", bytes(size))
+        assert write(tmp_path / f"two{size}", bytes(size)) == one
+        assert [(file["file"], file["bytes"]) for file in one] == [("a/0.parquet", size), ("b/0.parquet", size)]
+        for place in (0, size - 1):
+            changed = bytearray(size)
+            changed[place] = 1
+            assert write(tmp_path / f"one{size}", bytes(changed)) != one
+
+
+PICTURES_OF_THREE_KINDS = [recap_row(number, (jpeg, png, jpeg)[number](seed=number)) for number in range(3)]
+
+
+def test_a_tar_file_may_mix_kinds_of_pictures(tmp_path):
+    """`datasets` wants every row to have the fields of the first ones."""
+    path = write_tar(tmp_path / "a.tar", PICTURES_OF_THREE_KINDS, endings=("jpg", "png", "JPEG"))
+    assert read(sources.local_source(path)) == [
+        (row["id"], row["conversations"], [row["image"]]) for row in PICTURES_OF_THREE_KINDS
+    ]
+
+
+def test_what_is_odd_in_a_tar_file(tmp_path):
+    """Folders, names without an ending, a row without JSON, JSON that is none, and keys with dots in their folder."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        folder = tarfile.TarInfo("v1.0")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        for name, data in [
+            ("README", b"x"), ("v1.0/a.jpg", b"1"), ("v1.0/b.jpg", b"2"), ("v1.0/b.json", b"{"),
+            ("v1.0/c.json", b'{"conversations": [], "image": "c.jpg"}'), ("v1.0/d.seg.png", b"3"),
+        ]:  # fmt: skip
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    rows = list(sources.rows(sources.local_source(tmp_path / "a.tar"), 0, COLUMNS, "conversations"))
+    assert rows == [
+        {"id": "v1.0/a", "images": [b"1"]}, {"id": "v1.0/b", "images": [b"2"]},
+        {"id": "v1.0/c", "conversations": [], "images": []}, {"id": "v1.0/d", "images": []},
+    ]  # fmt: skip
+
+
+def test_a_tar_file_that_is_damaged_anywhere_is_named(tmp_path):
+    path = write_tar(tmp_path / "a.tar", ROWS[:3])
+    whole = path.read_bytes()
+    with tarfile.open(path) as tar:
+        headers = [member.offset for member in tar.getmembers()]
+    second = headers[1]
+    cut = [whole[:length] for length in (0, 100, 700, second, second + 100, headers[-1] + 600)]
+    flipped = whole[: second + 10] + b"\xff\xff" + whole[second + 12 :]
+    for broken in (*cut, flipped, b"no tar file" * 100):
+        path.write_bytes(broken)
+        with pytest.raises(UserError, match=r"a\.tar cannot be read .* go on with --resume"):
+            list(sources.rows(sources.local_source(path), 0, COLUMNS))
+    path.write_bytes(whole)
+    assert len(list(sources.rows(sources.local_source(path), 0, COLUMNS))) == 3
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "tar"])
+def test_files_of_another_kind_of_set_are_refused(tmp_path, kind, capsys):
+    """Control: the same file is taken for what it is."""
+    path = tmp_path / f"in/a.{kind}"
+    rows = [{"image": jpeg(), "ground_truth": page("x")}]
+    if kind == "tar":
+        write_tar(path, [{"id": "0", **rows[0]}])
+    else:
+        (write_parquet if kind == "parquet" else write_arrow)(path, rows, synthdog_features())
+    arguments = ["--input", str(path), "--output", str(tmp_path / "out")]
+    assert cli.main(["data", "convert", "geo3k", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert re.search(rf"a\.{kind} has the columns .*ground_truth.*; expected 'conversations' among them", error)
+    assert not (tmp_path / "out/llavaonevision_converted/geo3k").exists()
+    assert cli.main(["data", "convert", "synthdog_en", *arguments]) == 0
 
 
 def test_inputs_that_cannot_be_read_are_explained(tmp_path):

@@ -17,6 +17,7 @@ import pytest
 from qwen_merge.data import check_recipe
 from qwen_merge.data.check import check
 from qwen_merge.data.check_summary import Histogram
+from qwen_merge.data.look_command import RECIPES
 from qwen_merge.data.manifest import Manifest, manifest_path
 from qwen_merge.data.schema import Record
 from qwen_merge.data.show import look_at
@@ -181,9 +182,44 @@ def test_what_cannot_be_shown(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="is empty"):
         look_at(str(tmp_path / "empty"), dataset_dir=folder)
+    for content in ("[]", '["mixed"]', "3", "{"):
+        (tmp_path / "dataset_info.json").write_text(content)
+        with pytest.raises(UserError, match="is not the list of sets"):
+            look_at("mixed", dataset_dir=tmp_path)
     with pytest.raises(UserError, match="cannot be written"):
         run("show", "mixed", "--recipe", folder / "stage.yaml", "--output", tmp_path)
     assert check_recipe.read(folder / "stage.yaml")["dataset"] == "mixed"
+
+
+def test_a_set_of_which_no_row_can_be_counted_is_shown(folder, tmp_path, capsys):
+    rows = [Record(list(reversed(turns("<image>What?", "This."))), [picture(64, 48)])]
+    write_set(tmp_path, "reversed", rows)
+    recipe = folder / "stage.yaml"
+    page = tmp_path / "page.html"
+    assert run("show", "reversed", "--dataset-dir", tmp_path, "--recipe", recipe, "--output", page) == 0
+    assert "1 measured; tokens of none of them could be counted" in capsys.readouterr().out
+    assert "roles do not alternate" in Elements(page.read_text(encoding="utf-8")).text
+    assert run("show", "mixed", "--recipe", recipe, "--output", page) == 0  # control
+    assert "tokens a row" in capsys.readouterr().out
+
+
+def test_files_that_are_no_recipe_are_passed_over(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    RECIPES.mkdir(parents=True)
+    for name, content in {"a": "", "b": "- x\n", "c": "a: [", "e": "\x00", "f": "dataset:\n"}.items():
+        (RECIPES / f"{name}.yaml").write_text(content)
+    assert look_at("mixed", dataset_dir=folder, rows=1).recipe is None
+    shutil.copy(folder / "stage.yaml", RECIPES / "d.yaml")
+    assert look_at("mixed", dataset_dir=folder, rows=1).recipe == RECIPES / "d.yaml"
+
+
+@pytest.mark.parametrize("option", ["--rows", "--measure"])
+def test_numbers_of_rows_are_not_negative(folder, tmp_path, option, capsys):
+    with pytest.raises(SystemExit):
+        run("show", "mixed", option, -1)
+    assert f"argument {option}: -1; expected at least 0" in capsys.readouterr().err
+    page = tmp_path / "page.html"
+    assert run("show", "mixed", "--recipe", folder / "stage.yaml", option, 0, "--output", page) == 0
 
 
 def test_bars_hold_every_value():

@@ -18,7 +18,7 @@ from qwen_merge.data import check_recipe, check_rows, check_sets
 from qwen_merge.data.check_report import figures, lines
 from qwen_merge.data.check_steps import Steps, map_batches, packed_samples, steps
 from qwen_merge.data.check_summary import Summary
-from qwen_merge.data.manifest import write_json
+from qwen_merge.data.manifest import require_writable, write_json
 from qwen_merge.data.units import run_units
 from qwen_merge.errors import UserError
 
@@ -76,6 +76,8 @@ class Check:
 
 def run(arguments: argparse.Namespace) -> int:
     """`qwen-merge data check`."""
+    if arguments.json:  # before hours of reading
+        require_writable(arguments.json)
     check_recipe.require_llamafactory()
     config = check_recipe.read(arguments.recipe, arguments.overrides, arguments.model)
     result = check(config, arguments.world_size, arguments.sample, arguments.seed, arguments.workers)

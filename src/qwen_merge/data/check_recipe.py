@@ -55,6 +55,7 @@ def read(path: Path, overrides: list[str] | None = None, model: str | None = Non
     """
     import yaml
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -67,8 +68,18 @@ def read(path: Path, overrides: list[str] | None = None, model: str | None = Non
     wrong = [text for text in overrides or [] if "=" not in text]
     if wrong:
         raise UserError(f"{', '.join(wrong)}: expected key=value, as in cutoff_len=4096.")
-    merged = OmegaConf.merge(OmegaConf.create(content), OmegaConf.from_cli(overrides or []))
-    config = OmegaConf.to_container(merged)
+    try:
+        given = OmegaConf.from_cli(overrides or [])
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
+        first = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{' '.join(overrides or [])}: a value is not YAML ({first}); expected key=value, as in cutoff_len=4096."
+        ) from None
+    try:
+        config = OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(content), given))
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        first = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} cannot be read as LLaMA-Factory reads it ({first}).") from None
     assert isinstance(config, dict)
     if model is not None:
         config["model_name_or_path"] = model

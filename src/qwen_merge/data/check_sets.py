@@ -85,10 +85,36 @@ def find_sets(names: list[str], dataset_dir: str) -> tuple[list[SetFiles], list[
     return found, problems
 
 
+def _defects(entry: object) -> list[str]:
+    """What LLaMA-Factory's parser would stumble over in a set's entry."""
+    if not isinstance(entry, dict):
+        return [f"it is {entry!r}"[:100] + "; expected an object with file_name, columns and tags"]
+    places = ("file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
+    said = [entry[key] for key in places if key in entry]
+    defects = []
+    if not said:
+        defects.append("it has no file_name")
+    if not all(isinstance(value, str) and value for value in said):
+        defects.append(f"its place is {said!r}"[:100] + "; expected a text")
+    for key in ("columns", "tags"):
+        value = entry.get(key, {})
+        if not isinstance(value, dict) or not all(isinstance(name, str | None) for name in value.values()):
+            defects.append(f"{key} is {value!r}"[:100] + "; expected an object of texts")
+    if entry.get("formatting", "alpaca") not in ("alpaca", "sharegpt"):
+        defects.append(f"formatting is {entry['formatting']!r}"[:100] + "; expected sharegpt")
+    if not isinstance(entry.get("num_samples"), int | None):
+        defects.append(f"num_samples is {entry['num_samples']!r}"[:100] + "; expected a number")
+    return defects
+
+
 def find_set(name: str, dataset_dir: str) -> SetFiles:
     """A set that dataset_info.json names. Every defect is in its `problems`."""
     from llamafactory.data.parser import get_dataset_list
 
+    path = Path(dataset_dir) / INFO
+    defects = _defects(json.loads(path.read_text(encoding="utf-8"))[name])
+    if defects:
+        return SetFiles(name, problems=[f"{name}: its entry in {path} cannot be used: {'; '.join(defects)}."])
     (attributes,) = get_dataset_list([name], dataset_dir)
     result = SetFiles(name, attributes)
     if attributes.load_from != "file":

@@ -4,6 +4,8 @@ import argparse
 import importlib
 from pathlib import Path
 
+from qwen_merge.data.numbers import at_least
+
 CONVERT_EPILOG = """\
 SET is a name that `qwen-merge data sets` prints, its configuration on the hub, or a group: recap, synthdog, onevision.
 A set appears complete or not at all, as a folder of parquet shards with a manifest beside it that says where every row
@@ -70,16 +72,16 @@ def add_convert_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="branch, tag or commit on the hub (default: main, its commit is recorded)")
     parser.add_argument(
         "--max-rows",
-        type=_at_least(0),
+        type=at_least(0),
         metavar="N",
         help="a uniform sample of at most N rows a set; 0: all (default: 2000000 for ReCap, else all)",
     )
     parser.add_argument(
-        "--limit", type=_at_least(1), metavar="N", help="only the first N source rows, no sample of them: for trials"
+        "--limit", type=at_least(1), metavar="N", help="only the first N source rows, no sample of them: for trials"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the sample (default: %(default)s)")
     parser.add_argument(
-        "--shard-mb", type=_at_least(1), default=512, metavar="N", help="MiB a shard at most (default: %(default)s)"
+        "--shard-mb", type=at_least(1), default=512, metavar="N", help="MiB a shard at most (default: %(default)s)"
     )
     parser.add_argument(
         "--decontaminate",
@@ -89,7 +91,7 @@ def add_convert_options(parser: argparse.ArgumentParser) -> None:
         metavar="TSV",
         help="evaluation sets (VLMEvalKit's files) whose pictures and questions are dropped",
     )
-    parser.add_argument("--workers", type=_at_least(1), default=1, metavar="N", help="files at a time (default: 1)")
+    parser.add_argument("--workers", type=at_least(1), default=1, metavar="N", help="files at a time (default: 1)")
     parser.add_argument(
         "--engine",
         choices=("processes", "ray"),
@@ -100,16 +102,6 @@ def add_convert_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="begin anew, and replace a set when the new one is complete"
     )
-
-
-def _at_least(minimum: int):
-    def number(text: str) -> int:
-        value = int(text)
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"{value}; expected at least {minimum}")
-        return value
-
-    return number
 
 
 def _convert(arguments: argparse.Namespace) -> int:

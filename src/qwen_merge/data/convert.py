@@ -9,6 +9,7 @@ number of workers and the engine change nothing in the output.
 Sampling to a maximum is in `sample`, what becomes of one row in `rows`.
 """
 
+import functools
 import hashlib
 import sys
 from collections.abc import Callable
@@ -18,11 +19,13 @@ from typing import Any
 
 from qwen_merge.data import conversations, rows, sample, sources
 from qwen_merge.data.counts import Counts
+from qwen_merge.data.disk import told
 from qwen_merge.data.manifest import Manifest
 from qwen_merge.data.progress import Progress
 from qwen_merge.data.schema import Record
 from qwen_merge.data.sets import SETS, PublicSet, find_sets, input_folder
 from qwen_merge.data.shards import ShardInfo, ShardWriter
+from qwen_merge.data.teacher.steps import decontaminate_option
 from qwen_merge.data.units import run_units
 from qwen_merge.data.workspace import State, Workspace
 from qwen_merge.errors import UserError
@@ -51,10 +54,10 @@ class Options:
             "limit": self.limit,
             "seed": self.seed,
             "shard_mb": self.shard_mb,
-            "decontaminate": [[path.name, _sha256(path)] for path in self.decontaminate] or None,
+            "decontaminate": _evaluation_files(tuple(self.decontaminate)),
         }
         if local:
-            recorded["files of --input"] = _fingerprint(local)
+            recorded["files of --input"] = _named(local)
         return recorded
 
 
@@ -73,14 +76,17 @@ def convert(
     Raises:
         UserError: the state on disk asks for --resume or --overwrite; a source or an option is wrong.
     """
-    with Workspace(output, entry.file_name) as space:
+    with told(output / entry.file_name), Workspace(output, entry.file_name) as space:
         local = sources.local_source(options.input, entry.split) if options.input else None
         recorded = options.to_json(entry, local)
         state = space.begin(recorded, resume, overwrite)
         if state is State.FINISHED:
+            if problem := _other_files(output, entry, local):
+                raise UserError(problem)
             say(f"{entry.name}: finished already, nothing to do")
             return None
         source = local or _hub_source(entry, options, space)
+        _same_files(source, options, space)
         manifest = _convert(entry, source, options, recorded, space, engine, workers, say)
         space.finish(manifest)
         say(summary(manifest))
@@ -125,6 +131,7 @@ def _convert(
         sample.draw(plan, units, maximum, space, engine, workers, say)
 
     done = {line["converted"]: line for line in space.journal.entries() if "converted" in line}
+    done = {unit: line for unit, line in done.items() if space.has(ShardInfo(**shard) for shard in line["shards"])}
     progress = Progress(entry.name, "converted", units, len(done), say)
 
     def finished(result: dict) -> None:
@@ -143,6 +150,9 @@ def _convert(
         shards += [ShardInfo(**shard) for shard in done[unit]["shards"]]
         for kind, number in done[unit]["pictures"].items():
             seen[kind] = seen.get(kind, 0) + number
+    extra = {"pictures": dict(sorted(seen.items())), "units": units, "maximum": maximum}
+    if plan["index"]:
+        extra["evaluation sets"] = rows.load_index(plan["index"]).summary
     return Manifest(
         name=entry.name,
         source=f"{source.name}{f', {source.config}' if source.config else ''}",
@@ -151,7 +161,7 @@ def _convert(
         seed=options.seed,
         counts=counts,
         shards=shards,
-        extra={"pictures": dict(sorted(seen.items())), "units": units, "maximum": maximum},
+        extra=extra,
     )
 
 
@@ -189,20 +199,64 @@ def convert_unit(unit: dict) -> dict:
     }
 
 
-def _fingerprint(source: sources.Source) -> str:
-    """Names and sizes of local files, in one line: a restart on other files is refused."""
+def _named(source: sources.Source) -> str:
+    """Local files by their names, in one line. Not by their content: a file that was cut short and fetched again must
+    not undo what was made of the others; _same_files() looks at those."""
     files = source.recorded_revision()
     assert isinstance(files, list)
-    digest = hashlib.sha256(repr(files).encode()).hexdigest()[:12]
-    return f"{len(files)} files, {sum(file['bytes'] for file in files):,} bytes, digest {digest}"
+    digest = hashlib.sha256(repr([file["file"] for file in files]).encode()).hexdigest()[:12]
+    return f"{len(files)} files, digest of their names {digest}"
 
 
-def _sha256(path: Path) -> str:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.sha256(file.read()).hexdigest()
-    except OSError as error:
-        raise UserError(f"--decontaminate {path}: {error.strerror}; expected an evaluation TSV.") from None
+def _other_files(output: Path, entry: PublicSet, local: sources.Source | None) -> str | None:
+    """What is wrong if the set is finished and was made of other versions of these files."""
+    space = Workspace(output, entry.file_name)
+    if local is None or not space.finished:
+        return None
+    before, now = Manifest.read(space.manifest_path).revision, local.recorded_revision()
+    assert isinstance(now, list)
+    if before == now:
+        return None
+    changed = [file["file"] for file in now if not isinstance(before, list) or file not in before]
+    example = f", such as {changed[0]}" if changed else ""
+    return (
+        f"{space.final} was made of other versions of {len(changed)} files of --input{example}. Give --overwrite to "
+        "make it anew, or another --output."
+    )
+
+
+def _same_files(source: sources.Source, options: Options, space: Workspace) -> None:
+    """Note in the journal which files are read, and that those of the units that are done are still the same.
+
+    Raises:
+        UserError: one is not.
+    """
+    if source.builder == "hub":
+        return
+    files = source.recorded_revision()
+    assert isinstance(files, list)
+    before = None
+    done = set()
+    for line in space.journal.entries():
+        before = line.get("files", before)
+        done.add(line.get("converted"))
+    if before is None:
+        space.journal.append({"files": files})
+        return
+    read = files if options.limit and done - {None} else [file for unit, file in enumerate(files) if unit in done]
+    changed = [file["file"] for file in read if file not in before]
+    if changed:
+        raise UserError(
+            f"{space.final}: {len(changed)} files of --input were converted and have changed since, such as "
+            f"{changed[0]}. Bring them back to go on with --resume, or give --overwrite to start anew."
+        )
+    if files != before:
+        space.journal.append({"files": files})
+
+
+@functools.cache  # asked for twice a set, of perhaps ninety; the files can be gigabytes
+def _evaluation_files(paths: tuple[Path, ...]) -> list[list[str]] | None:
+    return decontaminate_option(list(paths))
 
 
 def summary(manifest: Manifest) -> str:
@@ -244,6 +298,8 @@ def run(arguments: Any) -> int:
             problem = Workspace(arguments.output, entry.file_name).problem(
                 options.to_json(entry, local), arguments.resume, arguments.overwrite
             )
+            if not problem and not arguments.overwrite:
+                problem = _other_files(arguments.output, entry, local)
         except UserError as error:
             problem = str(error)
         if problem:

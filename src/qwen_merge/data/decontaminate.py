@@ -186,13 +186,12 @@ class Index:
 
     @classmethod
     def read(cls, paths: list[Path], distance: int = DISTANCE, common: int = COMMON) -> "Index":
-        """Read evaluation sets, one row at a time. A path may also be one that `save` wrote, alone.
+        """Read evaluation sets, one row at a time.
 
         Raises:
-            UserError: a file is missing or is not an evaluation TSV; all such files are named.
+            UserError: a file is missing, is not an evaluation TSV, or holds nothing to compare with; all such files are
+                named.
         """
-        if len(paths) == 1 and paths[0].suffix == ".npz":
-            return cls.load(paths[0])
         builder = _Builder()
         problems = []
         for path in paths:
@@ -302,6 +301,14 @@ class _Builder:
                 shown = hashlib.blake2b(self._picture_of(picture, path).encode(), digest_size=8).hexdigest()
                 self.items.setdefault((" ".join(found), shown), (found, owner))
         self.summary[path.name] = counts
+        if not counts["rows"]:
+            raise ValueError("it has no row")
+        if counts["pictures that do not decode"] and not counts["pictures"]:
+            raise ValueError(f"none of its {counts['pictures that do not decode']:,} pictures decodes")
+        if not counts["pictures"] and not counts["questions"]:
+            raise ValueError(
+                f"it has no picture, and none of its {counts['rows']:,} questions is long enough to look for"
+            )
 
     @staticmethod
     def _picture_of(picture: str, path: Path) -> str:

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from qwen_merge.data.numbers import at_least
+
 RECIPES = Path("examples/train_qwen_merge")
 
 
@@ -23,15 +25,17 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
         help="folder or hub id with the tokenizer and processor, when model_name_or_path is still to be trained "
         "(every stage has those of the base model)",
     )
-    check.add_argument("--world-size", type=_positive, default=8, help="GPUs of all nodes (default: %(default)s)")
+    check.add_argument("--world-size", type=at_least(1), default=8, help="GPUs of all nodes (default: %(default)s)")
     check.add_argument(
         "--sample",
-        type=_positive,
+        type=at_least(1),
         metavar="N",
         help="read only N rows of each set, drawn uniformly; tokens and steps are then estimates (default: every row)",
     )
     check.add_argument("--seed", type=int, default=0, help="of the sample (default: %(default)s)")
-    check.add_argument("--workers", type=_positive, help="processes (default: as many as cores, fewer for small sets)")
+    check.add_argument(
+        "--workers", type=at_least(1), help="processes (default: as many as cores, fewer for small sets)"
+    )
     check.add_argument("--json", type=Path, help="also write the figures and problems to this file")
     check.set_defaults(run=_run_check)
 
@@ -51,20 +55,16 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
         help=f"whose template and tokenizer count (default: the first in {RECIPES} that names the set)",
     )
     show.add_argument("--model", help="folder or hub id with the tokenizer and processor (default: the recipe's)")
-    show.add_argument("--rows", type=int, default=24, help="rows shown (default: %(default)s)")
+    show.add_argument("--rows", type=at_least(0), default=24, help="rows shown (default: %(default)s)")
     show.add_argument(
-        "--measure", type=int, default=2000, help="rows measured for the histograms, 0 for all (default: %(default)s)"
+        "--measure",
+        type=at_least(0),
+        default=2000,
+        help="rows measured for the histograms, 0 for all (default: %(default)s)",
     )
     show.add_argument("--seed", type=int, default=0, help="of the choice of both (default: %(default)s)")
     show.add_argument("--output", type=Path, help="the page (default: SET.html here)")
     show.set_defaults(run=_run_show)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("expected a number of at least 1")
-    return number
 
 
 def _run_check(arguments: argparse.Namespace) -> int:

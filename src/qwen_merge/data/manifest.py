@@ -8,10 +8,12 @@ import importlib.metadata
 import json
 import os
 import platform
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from qwen_merge.data.counts import Counts
+from qwen_merge.data.disk import told
 from qwen_merge.data.journal import sync_directory
 from qwen_merge.data.shards import ShardInfo
 from qwen_merge.errors import UserError
@@ -32,7 +34,7 @@ def package_versions(*more: str) -> dict[str, str]:
 
 @dataclass
 class Manifest:
-    """`source`: hub id or local path; `revision`: the hub's commit, or each local file's name and size."""
+    """`source`: hub id or local path; `revision`: the hub's commit, or each local file's place, size and digest."""
 
     name: str
     source: str
@@ -81,8 +83,10 @@ class Manifest:
             data = json.loads(path.read_text(encoding="utf-8"))
             counts = Counts.from_json({key: data.pop(key) for key in ("rows_in", "rows_out", "drops")})
             shards = [ShardInfo(**shard) for shard in data.pop("shards")]
+            if not all(isinstance(number, int) for number in (counts.rows_in, counts.rows_out)):
+                raise TypeError("rows_in and rows_out are not numbers")
             return cls(counts=counts, shards=shards, **{key: data[key] for key in _PLAIN})
-        except (KeyError, TypeError, ValueError) as error:
+        except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{path} is not a manifest of `qwen-merge data` ({error!r}). Remove it, or make the set anew with "
                 "--overwrite."
@@ -113,13 +117,39 @@ def _shown(options: dict, name: str) -> str:
 
 
 def write_json(path: Path, data: object) -> None:
-    """Write a JSON file complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a JSON file complete or not at all.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be made or written to.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(data, file, ensure_ascii=False, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_directory(path.parent)
+    with told(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                json.dump(data, file, ensure_ascii=False, indent=1)
+                file.write("\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        sync_directory(path.parent)
+
+
+def require_writable(path: Path) -> None:
+    """Find out before the work whether write_json can write there; makes the folder.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; expected the name of a file to write.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.filename}: {error.strerror}.") from None
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UserError(f"{path} cannot be written: no permission to make files in {path.parent}.")

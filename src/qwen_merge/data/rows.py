@@ -11,8 +11,9 @@ from typing import Any
 
 from qwen_merge.data import conversations, pictures, sources
 from qwen_merge.data.schema import IMAGE_TAG, USER
-from qwen_merge.data.sets import PublicSet
+from qwen_merge.data.sets import SETS, PublicSet
 
+# What a source's rows are told by; the last is the one without which a file holds no such rows at all.
 TEXT_COLUMNS = {"conversations": ("id", "conversations"), "synthdog": ("ground_truth",)}
 
 
@@ -58,11 +59,18 @@ def kinds_of(picture: pictures.Picture) -> Iterator[str]:
 
 
 def rows_of(unit: dict, columns: tuple[str, ...]) -> Iterator[tuple[int, dict]]:
+    """The rows of a unit with their numbers.
+
+    Raises:
+        UserError: a file cannot be read, or has not the column that holds this kind's text.
+    """
     source = sources.Source.from_json(unit["source"])
+    text = TEXT_COLUMNS[SETS[unit["set"]].kind][-1]
     if unit["limit"]:  # a trial: the first rows of all files, in one unit
-        every = (row for file in range(sources.unit_count(source)) for row in sources.rows(source, file, columns))
+        files = range(sources.unit_count(source))
+        every = (row for file in files for row in sources.rows(source, file, columns, text))
         return enumerate(islice(every, unit["limit"]))
-    return enumerate(sources.rows(source, unit["unit"], columns))
+    return enumerate(sources.rows(source, unit["unit"], columns, text))
 
 
 def place_of(unit: dict, number: int, row: dict) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from qwen_merge.data import conversations, rows
+from qwen_merge.data.disk import told
 from qwen_merge.data.progress import Progress
 from qwen_merge.data.sets import SETS
 from qwen_merge.data.units import run_units
@@ -95,5 +96,6 @@ def chosen(folder: Path, unit: int) -> set[int]:
 
 def _save(path: Path, array: np.ndarray) -> None:
     temporary = path.with_name(f".{path.name}.{time.monotonic_ns()}.npy")
-    np.save(temporary, array)
-    temporary.replace(path)
+    with told(path):
+        np.save(temporary, array)
+        temporary.replace(path)

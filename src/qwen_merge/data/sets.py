@@ -137,23 +137,37 @@ def input_folder(given: Path, entry: PublicSet, several: bool) -> Path:
     """Where one set's files are under --input: <input>/<configuration or name> if there, else the input itself.
 
     Raises:
-        UserError: several sets are asked for and this one has no folder of its own.
+        UserError: this one has no folder of its own, and several sets are asked for, or other sets' folders are there.
     """
-    candidates = list(dict.fromkeys([entry.config or entry.hub.split("/")[1], entry.name]))
+    candidates = _folders(entry)
     for name in candidates:
         if (given / name).is_dir():
             return given / name
+    expected = f"expected one named {' or '.join(map(repr, candidates))}"
     if several:
         raise UserError(
-            f"--input {given} has no folder for {entry.name}; expected one named "
-            f"{' or '.join(map(repr, candidates))}. Convert one set at a time to name its files."
+            f"--input {given} has no folder for {entry.name}; {expected}. Convert one set at a time to name its files."
         )
+    if given.is_dir():
+        known = {name for other in SETS.values() for name in (*_folders(other), other.hub.split("/")[1])}
+        others = sorted(folder.name for folder in given.iterdir() if folder.name in known and folder.is_dir())
+        if others:
+            raise UserError(
+                f"--input {given} has no folder for {entry.name}, but those of other sets ({', '.join(others[:3])}"
+                f"{' and more' if len(others) > 3 else ''}), whose rows are not wanted; {expected}. Or name this set's "
+                "own folder or files."
+            )
     return given
+
+
+def _folders(entry: PublicSet) -> list[str]:
+    """How a set's folder in a copy may be called."""
+    return list(dict.fromkeys([entry.config or entry.hub.split("/")[1], entry.name]))
 
 
 def describe(output: Path) -> str:
     """A line for each set: name, source, maximum, and what lies in `output`."""
-    import json
+    from qwen_merge.data.manifest import Manifest
 
     lines = []
     for entry in SETS.values():
@@ -161,7 +175,10 @@ def describe(output: Path) -> str:
         manifest = output / f"{entry.file_name}.manifest.json"
         folder = output / entry.file_name
         if manifest.is_file():
-            state = f"{json.loads(manifest.read_text(encoding='utf-8'))['rows_out']:,} rows"
+            try:
+                state = f"{Manifest.read(manifest).counts.rows_out:,} rows"
+            except UserError:
+                state = f"{manifest.name} is broken"
         else:
             state = "half done" if folder.with_name(f".{folder.name}.working").is_dir() else "-"
         maximum = f"at most {entry.maximum:,} rows" if entry.maximum else ""

@@ -12,12 +12,13 @@ records give the same bytes, so work that was done twice (a lost worker's) repla
 import hashlib
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
+from qwen_merge.data.disk import told
 from qwen_merge.data.journal import sync_directory
 from qwen_merge.data.schema import SCHEMA, Record, table
 
@@ -39,17 +40,27 @@ class ShardInfo:
         return asdict(self)
 
 
+def staging_names(folder: Path, own: str = "*") -> str:
+    """The name of a writer's staging folder beside `folder`; the pattern of all of them by default."""
+    return f".{folder.name}.staging-{own}"
+
+
 class ShardWriter:
-    """Writes records to shards of at most `max_bytes` each (a row group's footer more); one record is never split."""
+    """Writes records to shards of at most `max_bytes` each (a row group's footer more); one record is never split.
+
+    Raises:
+        UserError: from any method, when the disk is full or the folder cannot be written to.
+    """
 
     def __init__(self, folder: Path, prefix: str, max_bytes: int = SHARD_BYTES) -> None:
         self.folder = Path(folder)
         self.prefix = prefix
         self.max_bytes = max_bytes
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        suffix = f"{os.getpid()}-{os.urandom(4).hex()}"  # a lost worker's unit may be under way twice
-        self.staging = self.folder.with_name(f".{self.folder.name}.staging-{prefix}-{suffix}")
-        self.staging.mkdir()
+        own = f"{prefix}-{os.getpid()}-{os.urandom(4).hex()}"  # a lost worker's unit may be under way twice
+        self.staging = self.folder.with_name(staging_names(self.folder, own))
+        with told(self.staging):
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self.staging.mkdir()
         self._shards: list[ShardInfo] = []
         self._pending: list[Record] = []
         self._pending_bytes = 0
@@ -58,6 +69,10 @@ class ShardWriter:
         self._parquet: pq.ParquetWriter | None = None
 
     def add(self, record: Record) -> None:
+        with told(self.folder):
+            self._add(record)
+
+    def _add(self, record: Record) -> None:
         size = record.payload
         written = self._file.size if self._file else 0
         if self._rows + len(self._pending) and written + self._pending_bytes + size > self.max_bytes:
@@ -71,19 +86,21 @@ class ShardWriter:
 
     def close(self) -> list[ShardInfo]:
         """Write what is left, move the shards into the folder and return them; no record, no shard."""
-        if self._rows or self._pending:
-            self._finish_shard()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for shard in self._shards:
-            os.replace(self.staging / shard.name, self.folder / shard.name)
-        sync_directory(self.folder)
-        self.staging.rmdir()
+        with told(self.folder):
+            if self._rows or self._pending:
+                self._finish_shard()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for shard in self._shards:
+                os.replace(self.staging / shard.name, self.folder / shard.name)
+            sync_directory(self.folder)
+            self.staging.rmdir()
         return self._shards
 
     def abort(self) -> None:
         """Remove what was written; nothing has reached the folder. After close() this does nothing."""
         if self._file:
-            self._file.close()
+            with suppress(OSError):  # it tries once more to write what did not go to a full disk
+                self._file.close()
             self._file = self._parquet = None
         shutil.rmtree(self.staging, ignore_errors=True)
 
@@ -170,13 +187,3 @@ class _HashingFile:
     def close(self) -> None:
         self.closed = True
         self._file.close()
-
-
-def rows_of(path: Path) -> int:
-    """Rows of a parquet file, from its footer."""
-    return pq.read_metadata(path).num_rows
-
-
-def read_shard(path: Path) -> pa.Table:
-    """A whole shard; for tests and for looking, not for streaming."""
-    return pq.read_table(path)

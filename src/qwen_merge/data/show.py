@@ -60,7 +60,11 @@ def run(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
     )
     write_all({output: render(look)})
-    tokens = f"no token counts: {look.uncounted}" if look.uncounted else f"{look.summary.tokens.mean:,.0f} tokens a row"
+    mean = look.summary.tokens.mean
+    if look.uncounted:
+        tokens = f"no token counts: {look.uncounted}"
+    else:
+        tokens = "tokens of none of them could be counted" if mean is None else f"{mean:,.0f} tokens a row"
     print(f"{output}: {len(look.shown)} rows of {look.files.rows:,}, {look.summary.rows.rows_in:,} measured; {tokens}")
     return 0
 
@@ -109,11 +113,12 @@ def look_at(
 
 
 def _recipe_of(name: str) -> Path | None:
-    """The kit's first recipe that trains on the set."""
-    import yaml
-
+    """The kit's first recipe that trains on the set; files there that are no recipe are passed over."""
     for path in sorted(RECIPES.glob("*.yaml")):
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        try:
+            content = check_recipe.read(path)
+        except UserError:
+            continue
         if name in [each.strip() for each in str(content.get("dataset", "")).split(",")]:
             return path
     return None
@@ -123,7 +128,9 @@ def _find(name: str, folder: Path) -> check_sets.SetFiles:
     info = folder / check_sets.INFO
     try:
         names = json.loads(info.read_text(encoding="utf-8")) if info.is_file() else {}
-    except ValueError as error:
+        if not isinstance(names, dict):
+            raise ValueError(f"it holds {type(names).__name__}, not an object")
+    except (OSError, ValueError) as error:
         raise UserError(f"{info} is not the list of sets: {error}") from None
     if name in names:
         return check_sets.find_set(name, str(folder))

@@ -25,6 +25,7 @@ from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from qwen_merge.data.disk import told
 from qwen_merge.errors import UserError
 
 ENGINES = ("processes", "ray")
@@ -53,8 +54,8 @@ def run_units(
         on_done: called with a unit's result; when it raises, the run ends.
 
     Raises:
-        UserError: as `work` raises it; an unknown engine; Ray is missing or cannot be reached; a unit's worker was lost
-            every time it was tried.
+        UserError: as `work` raises it, and for its OSErrors (a full disk); an unknown engine; Ray is missing or cannot
+            be reached; a unit's worker was lost every time it was tried.
         RuntimeError: `work` raised anything else in another process; the traceback is in the message.
     """
     if engine not in ENGINES:
@@ -67,7 +68,9 @@ def run_units(
         _by_ray(units, work, workers, on_done)
     elif workers == 1:
         for unit in units:
-            on_done(work(unit))
+            with told(_short(unit)):
+                result = work(unit)
+            on_done(result)
     else:
         _by_processes(units, work, min(workers, len(units)), on_done)
 
@@ -75,7 +78,8 @@ def run_units(
 def _attempt(work: Work, unit: dict) -> str:
     """What became of a unit, as JSON. An exception travels as text: its class need not exist where it arrives."""
     try:
-        return json.dumps({"result": work(unit)})
+        with told(_short(unit)):
+            return json.dumps({"result": work(unit)})
     except UserError as error:
         return json.dumps({"user_error": str(error)})
     except Exception:

@@ -13,11 +13,14 @@ import fcntl
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
 
+from qwen_merge.data.disk import told
 from qwen_merge.data.journal import Journal, sync_directory
 from qwen_merge.data.manifest import Manifest, manifest_path, option_changes, write_json
+from qwen_merge.data.shards import ShardInfo, staging_names
 from qwen_merge.errors import UserError
 
 
@@ -39,6 +42,11 @@ class Workspace:
         self.journal = Journal(self.folder / "journal.jsonl")
         self._lock = -1
 
+    @property
+    def finished(self) -> bool:
+        """Whether the set is there, and no other under way to take its place."""
+        return not self._options_path.is_file() and self.manifest_path.is_file() and self.final.is_dir()
+
     def problem(self, options: dict, resume: bool, overwrite: bool) -> str | None:
         """What begin() would refuse, changing nothing: to report several sets' problems together."""
         if overwrite:
@@ -52,7 +60,7 @@ class Workspace:
             changes = option_changes(_read_options(self._options_path), options)
             where = "was begun with other options"
             way_out = "Give the same options to go on with it, or --overwrite to start anew."
-        elif self.manifest_path.is_file() and self.final.is_dir():
+        elif self.finished:
             changes = option_changes(Manifest.read(self.manifest_path).options, options)
             where = "exists and was made with other options"
             way_out = "Give --overwrite to make it anew, or another --output."
@@ -75,7 +83,11 @@ class Workspace:
             UserError: half done without --resume or --overwrite; other options; a folder of someone else; another
                 process works on the set.
         """
-        options = json.loads(json.dumps(options))  # as it will be read: tuples become lists
+        with told(self.final):
+            # through JSON, as it will be read: tuples become lists
+            return self._begin(json.loads(json.dumps(options)), resume, overwrite)
+
+    def _begin(self, options: dict, resume: bool, overwrite: bool) -> State:
         self._finish_interrupted()
         if problem := self.problem(options, resume, overwrite):
             raise UserError(problem)
@@ -84,23 +96,39 @@ class Workspace:
             return State.FINISHED
         self._take_lock()
         if half_done and not overwrite:
+            for staging in self.folder.glob(staging_names(self.shards)):  # of workers that were killed
+                shutil.rmtree(staging)
             return State.RESUMED
-        for entry in self.folder.iterdir():
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        self._empty()
         self.shards.mkdir()
         write_json(self._options_path, options)
         return State.NEW
 
+    def has(self, shards: Iterable[ShardInfo]) -> bool:
+        """Whether all these shards are there in full size; a journal may outlive what it tells of."""
+        return not any(self._lacks(shard) for shard in shards)
+
     def finish(self, manifest: Manifest) -> None:
-        """Make the shards the set, and the manifest its manifest; an older set of that name goes."""
-        self.journal.close()
-        listed = {shard.name for shard in manifest.shards}
-        for path in self.shards.iterdir():  # of a unit that was killed between its shards and its line in the journal
-            if path.name not in listed:
-                path.unlink()
-        manifest.write(self.folder / "manifest.json")  # from here on, whoever comes next only has to move things
-        self._finish_interrupted()
-        self.close()
+        """Make the shards the set, and the manifest its manifest; an older set of that name goes.
+
+        Raises:
+            UserError: a shard of the manifest is not there, or not in full size.
+        """
+        lacking = [shard.name for shard in manifest.shards if self._lacks(shard)]
+        if lacking:
+            raise UserError(
+                f"{self.shards}: {len(lacking)} shards that were written are missing or have another size, such as "
+                f"{lacking[0]}. Something else removed or changed them: begin anew with --overwrite."
+            )
+        with told(self.final):
+            self.journal.close()
+            listed = {shard.name for shard in manifest.shards}
+            for path in self.shards.iterdir():
+                if path.name not in listed:  # of a unit that was killed between its shards and its line in the journal
+                    path.unlink()
+            manifest.write(self.folder / "manifest.json")  # from here on, whoever comes next only has to move things
+            self._finish_interrupted()
+            self.close()
 
     def close(self) -> None:
         """Let go of the lock; what is under way stays for --resume."""
@@ -114,6 +142,21 @@ class Workspace:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _lacks(self, shard: ShardInfo) -> bool:
+        try:
+            return (self.shards / shard.name).stat().st_size != shard.bytes
+        except OSError:
+            return True
+
+    def _empty(self) -> None:
+        """Remove what an earlier run left. The options go first, which make the folder a set half done, and then the
+        journal: were this cut short with the shards gone, a restart would believe a journal that is still there."""
+        for path in (self._options_path, self.journal.path):
+            path.unlink(missing_ok=True)
+        sync_directory(self.folder)
+        for entry in self.folder.iterdir():
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
     @property
     def _options_path(self) -> Path:
@@ -155,4 +198,13 @@ class Workspace:
 
 
 def _read_options(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        options = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(options, dict):
+            raise ValueError(f"it holds {type(options).__name__}, not an object")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}); expected the options that the set was begun with. Begin anew with "
+            "--overwrite."
+        ) from None
+    return options
