@@ -167,6 +167,7 @@ def _render(
         for number, begin in enumerate(range(0, len(kept.places), size))
     ]
     done = {line["unit"]: line for line in space.journal.entries()}
+    done = {unit: line for unit, line in done.items() if space.has(ShardInfo(**shard) for shard in line["shards"])}
 
     def finished(result: dict[str, Any]) -> None:
         space.journal.append(result)
