@@ -23,6 +23,16 @@ def gradients():
         sys.modules["torch"].set_grad_enabled(True)
 
 
+@pytest.fixture(autouse=True)
+def environment_variables():
+    """Libraries write to them in this process (LLaMA-Factory's parser: the precision of the next launch)."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
 class Sources:
     """The folders of one tiny merge, in float32 so that parity can be exact."""
 

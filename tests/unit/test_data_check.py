@@ -3,6 +3,7 @@
 import argparse
 import copy
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -404,6 +405,26 @@ def test_the_kits_own_recipes_parse_and_name_their_missing_sets(monkeypatch, mod
         arguments, problems = check_recipe.parse(config)
         assert problems == []
         assert arguments.data.dataset == config["dataset"].replace(" ", "").split(",")
+
+
+def test_the_environment_is_left_as_it_was(data, model, monkeypatch):
+    """transformers leaves ACCELERATE_MIXED_PRECISION=bf16 behind, and the next launch trains in it."""
+    check_recipe.require_llamafactory()
+    from llamafactory.hparams import parser
+
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    before, plain, seen = dict(os.environ), parser._parse_train_args, []
+
+    def parse(config):
+        parsed = plain(config)
+        seen.append(os.environ.get("ACCELERATE_MIXED_PRECISION"))  # the control: it was there
+        return parsed
+
+    monkeypatch.setattr(parser, "_parse_train_args", parse)
+    arguments, problems = check_recipe.parse(settings(data, model, "1", bf16=True))
+    assert arguments is not None, problems
+    assert seen == ["bf16"]
+    assert dict(os.environ) == before
 
 
 def test_feature_metadata_is_noted(tmp_path, model):

@@ -10,6 +10,8 @@ import dataclasses
 import difflib
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,12 +113,27 @@ def parse(config: dict) -> tuple[Arguments | None, list[str]]:
     if config.get("stage", "sft") != "sft":
         problems.append(f"stage: {config['stage']}; only sft, which all recipes of this kit are, can be checked.")
     try:
-        model, data, training, finetuning, _ = parser._parse_train_args({**kept, **HERE})
+        with _restored_environment():
+            model, data, training, finetuning, _ = parser._parse_train_args({**kept, **HERE})
     except (ValueError, TypeError, AssertionError, KeyError, OSError, ImportError) as error:
         return None, [*problems, f"LLaMA-Factory refuses the recipe: {error}"]
     if isinstance(data.cutoff_len, int) and data.cutoff_len > 0:
         return Arguments(model, data, training, finetuning), problems
     return None, [*problems, f"cutoff_len: {data.cutoff_len!r}; expected a number of tokens."]
+
+
+@contextmanager
+def _restored_environment() -> Iterator[None]:
+    """TrainingArguments writes to os.environ (ACCELERATE_MIXED_PRECISION=bf16 among others), where whatever this
+    process starts next would find it: a run that says `bf16: false` would train in bfloat16 all the same.
+    """
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def load(arguments: Arguments) -> tuple[Any, Any, Any]:
