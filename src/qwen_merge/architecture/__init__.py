@@ -1,12 +1,14 @@
 """Qwen2_5_VL_Merge for transformers 4.52: Qwen3 that sees through Qwen2.5-VL's vision tower.
 
-The two modules beside this one import transformers by absolute names only, so the same files serve three times: here,
+The three modules beside this one import transformers by absolute names only, so the same files serve three times: here,
 as the overlay's new folder inside transformers, and as the code that travels with a checkpoint (`auto_map`).
 """
 
 from pathlib import Path
 
-CODE_FILES = tuple(Path(__file__).with_name(f"{stem}_qwen2_5_vl_merge.py") for stem in ("configuration", "modeling"))
+CODE_FILES = tuple(
+    Path(__file__).with_name(f"{stem}_qwen2_5_vl_merge.py") for stem in ("configuration", "vision", "modeling")
+)
 
 
 def register() -> None:

@@ -2,60 +2,76 @@
 
 Text tower: Qwen3's rotary embedding becomes one that takes (time, height, width) positions and picks the sections into
 one cos and one sin per forward, so that every layer, attention back end and kernel written for Qwen3 is used as it is.
-Vision tower: the patch merger (the projector) gets GELU and one Linear behind it. All else is inherited.
+Several samples may lie in one row (packing): attention stays within each, see `packed_sdpa_attention`.
+Head: on demand it gives the loss of the labelled positions instead of logits for all.
+Vision tower: see `vision_qwen2_5_vl_merge`. All else is inherited.
 
 On the disk the tensors are named `visual.*`, `model.*` and `lm_head.weight`; in memory transformers 4.52 wants
 `model.visual.*` and `model.language_model.*`. Both spellings load; a save writes the names of the disk.
 """
 
+import copy
 import re
 from contextvars import ContextVar
+from functools import wraps
 
 import torch
 from torch import nn
+from torch.nn import functional
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_rope_utils import dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
-    Qwen2_5_VisionTransformerPretrainedModel,
+    Qwen2_5_VLCausalLMOutputWithPast,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLModel,
-    Qwen2_5_VLPatchMerger,
     Qwen2_5_VLPreTrainedModel,
     Qwen2RMSNorm,
 )
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Model, Qwen3RMSNorm, Qwen3RotaryEmbedding
-
-# One relative import: the two files stay neighbours wherever they are copied to.
-from .configuration_qwen2_5_vl_merge import (
-    Qwen2_5_VL_MergeConfig,
-    Qwen2_5_VL_MergeTextConfig,
-    Qwen2_5_VL_MergeVisionConfig,
+from transformers.models.qwen3.modeling_qwen3 import (
+    Qwen3Model,
+    Qwen3RMSNorm,
+    Qwen3RotaryEmbedding,
+    eager_attention_forward,
 )
+
+# Relative imports: the files stay neighbours wherever they are copied to.
+from .configuration_qwen2_5_vl_merge import Qwen2_5_VL_MergeConfig, Qwen2_5_VL_MergeTextConfig
+from .vision_qwen2_5_vl_merge import Qwen2_5_VL_MergeVisionTransformer, varlen_attn
 
 # Positions (3, batch, tokens) on their way from the text model to its rotary embedding. Qwen3's decoder would pass 3-D
 # `position_ids` on to every layer, where flash attention looks in them for packed samples. A ContextVar, so that
 # forwards in several threads do not take each other's.
 _MROPE_POSITIONS: ContextVar[torch.Tensor | None] = ContextVar("mrope_positions", default=None)
 
+# transformers' names for where the samples of a packed row begin and end (`FlashAttentionKwargs`): offsets in tokens,
+# int32 (samples + 1), and the longest. On their way past Qwen2_5_VLModel, whose `forward` takes no further arguments.
+PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+_PACKING: ContextVar[dict] = ContextVar("packing", default={})  # noqa: B039, never written to
 
-class Qwen2_5_VL_MergePatchMerger(Qwen2_5_VLPatchMerger):
-    """The projector: Qwen2.5-VL's patch merger (`ln_q`, `mlp.0`, `mlp.2`), then GELU and `mlp.4`.
 
-    (patches, vision width) -> (patches / merge size², LLM width). `mlp.4` is a Linear with bias.
+def packed_sdpa_attention(module, query, key, value, attention_mask, cu_seq_lens_q=None, max_length_q=None, **kwargs):
+    """transformers' sdpa attention, which also takes a row of several samples: each attends to itself alone.
+
+    query (1, heads, tokens, head_dim), key and value with their own number of heads -> (1, tokens, heads, head_dim).
+    No mask over the row is made: PyTorch's varlen kernel takes all samples at once where it exists (2.10, CUDA,
+    16 bit), elsewhere each is a call of its own, which on GPUs is the flash kernel.
     """
+    if kwargs.pop("output_attentions", False) and cu_seq_lens_q is None:
+        return eager_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if varlen_attn is not None and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+        output = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, window_size=(-1, 0))
+        return output[None], None
+    lengths = cu_seq_lens_q.diff().tolist()
+    samples = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
+    outputs = [sdpa_attention_forward(module, *sample, None, is_causal=True, **kwargs)[0] for sample in samples]
+    return torch.cat(outputs, dim=1), None
 
-    def __init__(self, config: Qwen2_5_VL_MergeVisionConfig):
-        super().__init__(config.out_hidden_size, config.hidden_size, config.spatial_merge_size)
-        self.mlp.extend([nn.GELU(), nn.Linear(config.out_hidden_size, config.out_hidden_size2)])
 
-
-class Qwen2_5_VL_MergeVisionTransformer(Qwen2_5_VisionTransformerPretrainedModel):
-    """Qwen2.5-VL's vision tower with the longer projector."""
-
-    config_class = Qwen2_5_VL_MergeVisionConfig
-
-    def __init__(self, config: Qwen2_5_VL_MergeVisionConfig, *inputs, **kwargs):
-        super().__init__(config, *inputs, **kwargs)
-        self.merger = Qwen2_5_VL_MergePatchMerger(config)
+ALL_ATTENTION_FUNCTIONS.register("packed_sdpa", packed_sdpa_attention)
 
 
 class Qwen2_5_VL_MergeRotaryEmbedding(Qwen3RotaryEmbedding):
@@ -86,8 +102,22 @@ class Qwen2_5_VL_MergeTextModel(Qwen3Model):
     def __init__(self, config: Qwen2_5_VL_MergeTextConfig):
         super().__init__(config)
         self.rotary_emb = Qwen2_5_VL_MergeRotaryEmbedding(config)
+        if config._attn_implementation == "sdpa":  # masks are still made, or left out, as for sdpa
+            layer_config = copy.copy(config)
+            layer_config._attn_implementation_internal = "packed_sdpa"
+            for layer in self.layers:
+                layer.self_attn.config = layer_config
 
     def forward(self, *args, position_ids: torch.Tensor | None = None, **kwargs):
+        packing = _PACKING.get()
+        if packing and kwargs.get("attention_mask") is not None:
+            raise ValueError("packed samples come without an attention_mask: their offsets say what attends to what")
+        if packing and self.config._attn_implementation not in ("sdpa", "flash_attention_2"):
+            raise ValueError(
+                f"packed samples need sdpa or flash_attention_2; {self.config._attn_implementation} attention would "
+                "see all samples of a row"
+            )
+        kwargs.update(packing)
         if position_ids is None or position_ids.ndim == 2:
             return super().forward(*args, position_ids=position_ids, **kwargs)
         token = _MROPE_POSITIONS.set(position_ids)
@@ -140,18 +170,58 @@ class Qwen2_5_VL_MergeModel(Qwen2_5_VL_MergePreTrainedModel, Qwen2_5_VLModel):
         return {re.sub(r"^language_model\.", "model.", name): tensor for name, tensor in state_dict.items()}
 
 
+class Qwen2_5_VL_MergeHead(nn.Linear):
+    """The output head. With `targets` it gives their loss, so that a sharded weight is gathered for it as for logits.
+
+    fused_loss: called with the weight, (positions, width) and targets; set by who enables Liger's kernels.
+    """
+
+    fused_loss = None
+
+    def forward(self, hidden_states: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        """(..., width) -> logits (..., vocabulary); with targets (positions): their mean cross entropy, float32."""
+        if targets is None:
+            return super().forward(hidden_states)
+        if self.fused_loss is not None:
+            return self.fused_loss(self.weight, hidden_states, targets)
+        return functional.cross_entropy(super().forward(hidden_states).float(), targets)
+
+
 class Qwen2_5_VL_MergeForConditionalGeneration(Qwen2_5_VL_MergePreTrainedModel, Qwen2_5_VLForConditionalGeneration):
-    """The model that is trained and asked; `forward` and `generate` are Qwen2.5-VL's."""
+    """The model that is trained and asked; `generate` is Qwen2.5-VL's.
+
+    loss_without_logits: in training, `forward` with labels gives the loss alone. Set by trainers that read nothing
+    else; the head then sees only the positions that carry a label.
+    """
+
+    loss_without_logits = False
 
     def __init__(self, config: Qwen2_5_VL_MergeConfig):
         Qwen2_5_VLPreTrainedModel.__init__(self, config)
         self.model = Qwen2_5_VL_MergeModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Qwen2_5_VL_MergeHead(config.hidden_size, config.vocab_size, bias=False)
         self.loss_type = "ForCausalLM"  # transformers guesses it from the class's name, and warns where it cannot
         # A trainer that resumes calls `load_state_dict` with the names of the disk; without this it would load
         # nothing and go on from the base weights.
         self.register_load_state_dict_pre_hook(_names_of_memory)
         self.post_init()
+
+    @wraps(Qwen2_5_VLForConditionalGeneration.forward)
+    def forward(self, *args, labels=None, **kwargs):
+        """Qwen2.5-VL's, with two more cases: several samples in a row (`PACKING`), and `loss_without_logits`."""
+        packing = {name: kwargs.pop(name) for name in PACKING if name in kwargs}
+        token = _PACKING.set(packing)
+        try:
+            if not (self.training and self.loss_without_logits and labels is not None):
+                return super().forward(*args, labels=labels, **kwargs)
+            outputs = self.model(*args, **{**kwargs, "return_dict": True})
+        finally:
+            _PACKING.reset(token)
+        targets = labels[:, 1:].flatten()
+        labelled = (targets != -100).nonzero().squeeze(1)
+        hidden_states = outputs.last_hidden_state[:, :-1].flatten(0, 1)[labelled]
+        loss = self.lm_head(hidden_states, targets[labelled])
+        return Qwen2_5_VLCausalLMOutputWithPast(loss=loss, rope_deltas=outputs.rope_deltas)
 
     def _fix_state_dict_keys_on_save(self, state_dict: dict) -> dict:
         """transformers' hook for the names of a save; its own reverse mapping does nothing in 4.52.3."""

@@ -56,7 +56,7 @@ def compare_vision(directory: Path, vlm: Source) -> tuple[list[str], str]:
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
     from qwen_merge.architecture.configuration_qwen2_5_vl_merge import Qwen2_5_VL_MergeVisionConfig
-    from qwen_merge.architecture.modeling_qwen2_5_vl_merge import Qwen2_5_VL_MergeVisionTransformer
+    from qwen_merge.architecture.vision_qwen2_5_vl_merge import Qwen2_5_VL_MergeVisionTransformer
 
     merged_source = Source(directory, "merged")
     merged_config = Qwen2_5_VL_MergeVisionConfig(**merged_source.read_json("config.json")["vision_config"])
