@@ -2,7 +2,8 @@
 
     .venv/bin/python -m pytest tests/gpu
 
-The file needs torch, transformers, liger-kernel and this checkout on PYTHONPATH=src:tests, not the whole environment.
+The file needs torch, transformers with the overlay (`qwen-merge overlay apply transformers --root SITE_PACKAGES`),
+liger-kernel and this checkout on PYTHONPATH=src:tests, not the whole environment.
 """
 
 import importlib.util
@@ -16,6 +17,8 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen3ForCausalLM
 
 from checkpoints import TOKEN_IDS, make_llm, make_vlm
+from packing import SAMPLES, alone, packed
+from packing import gradients as gradients_of
 from qwen_merge.architecture import register
 from qwen_merge.merger.merge import MergeOptions, merge
 
@@ -75,6 +78,43 @@ def test_text_positions_equal_qwen3s_far_out_and_under_tf32(sources):
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(ours, stock, strict=True))
     shifted = model.model.language_model.rotary_emb(x, positions_bt.expand(3, -1, -1) + 1)  # control
     assert not torch.equal(shifted[0], stock[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_of_samples_trains_as_they_do_alone(sources, dtype, monkeypatch):
+    """float32 goes sample by sample, bfloat16 through PyTorch's varlen kernel. In both the row is no farther from
+    float32 on the CPU than the samples one by one are.
+    """
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # the patch embedding is a convolution
+    reference = load(sources).train()
+    samples = [alone(reference, seed, *sample) for seed, sample in enumerate(SAMPLES)]
+    counts = [int((sample["labels"][0, 1:] != -100).sum()) for sample in samples]
+    total = sum(counts)
+
+    def moved(batch: dict, device: str) -> dict:
+        return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+
+    def one_by_one(model, device: str) -> torch.Tensor:
+        pairs = zip(samples, counts, strict=True)
+        return sum(model(**moved(sample, device)).loss * count / total for sample, count in pairs if count)
+
+    expected = gradients_of(reference, one_by_one(reference, "cpu"))
+    model, row = load(sources, torch_dtype=dtype).cuda().train(), moved(packed(samples), "cuda")
+
+    def median(loss: torch.Tensor) -> float:
+        found = gradients_of(model, loss)
+        apart = [(found[n].float().cpu() - expected[n]).norm() / expected[n].norm().clamp(min=1e-3) for n in expected]
+        return float(torch.stack(apart).median())
+
+    without = {name: value for name, value in row.items() if not name.startswith(("cu_seq", "max_length"))}
+    single, together, mixed = (
+        median(one_by_one(model, "cuda")),
+        median(model(**row).loss),
+        median(model(**without).loss),
+    )
+    print(f"{dtype}: gradients off by {single:.2e} one by one, {together:.2e} packed, {mixed:.2e} without offsets")
+    assert together < 1.2 * single + 1e-6
+    assert mixed > 3 * single + 0.01  # the control
 
 
 def gradients(sources):

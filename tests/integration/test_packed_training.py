@@ -1,0 +1,171 @@
+"""Packing through LLaMA-Factory: the steps of an unpacked run, exact to resume, complete over ranks and in streams."""
+
+import json
+import shutil
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+from accelerate.data_loader import BatchSamplerShard
+from safetensors.torch import load_file
+from torch.utils.data import BatchSampler
+
+from checkpoints import write_json
+from qwen_merge.data import check_recipe
+from qwen_merge.data.schema import Record
+from record_sets import picture, records, settings, turns, write_set
+from training import losses, recipe, train
+
+pytestmark = pytest.mark.slow
+
+# Two rows of `even` fill a pack of this many tokens, and never three.
+CAPACITY = 200
+EVEN = 80
+
+
+def even_records() -> list[Record]:
+    """Rows of like length, each of its own: with a picture, with two, and without any."""
+    made = []
+    for i in range(EVEN):
+        pictures = [picture(28 * (2 + i % 3), 56)] * (i % 4 > 0) + [picture(56, 56)] * (i % 8 == 5)
+        words = "".join(chr(97 + (i * 7 + k) % 26) for k in range(60 - 5 * len(pictures)))
+        made.append(Record(turns("<image>" * len(pictures) + f"Number {i}?", words), pictures))
+    return made
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packing")
+    write_set(folder, "even", even_records(), shards=2)
+    write_set(folder, "mixed", records(40), shards=2)
+    write_set(folder, "more", records(25, seed=9))
+    return folder
+
+
+def loaded(folder, model, dataset: str, **values) -> dict:
+    """What LLaMA-Factory's own `get_dataset` gives in this process."""
+    from llamafactory.data import get_dataset
+
+    config = settings(folder, model, dataset, **{"neat_packing": True, "bf16": False, **values})
+    arguments, problems = check_recipe.parse(config)
+    assert arguments is not None, problems
+    tokenizer, processor, template = check_recipe.load(arguments)
+    parts = (arguments.model, arguments.data, arguments.training)
+    return get_dataset(template, *parts, "sft", tokenizer=tokenizer, processor=processor)["train_dataset"]
+
+
+def lengths(pack: dict) -> list[int]:
+    return [len(feature["input_ids"]) for feature in pack["pack"]]
+
+
+def texts(packs) -> list[tuple]:
+    return sorted(tuple(feature["input_ids"]) for pack in packs for feature in pack["pack"])
+
+
+def cached(folder) -> int:
+    """Bytes of what `datasets` keeps of its maps, without the sets themselves."""
+    return sum(path.stat().st_size for path in folder.rglob("cache-*.arrow"))
+
+
+def test_every_sample_once_as_llama_factory_tokenises_it_and_no_copy_of_its_pictures(data, tied, tmp_path):
+    options = {"folder": data, "model": tied.merged, "dataset": "mixed,more", "cutoff_len": 1400}
+    packed = loaded(**options, cache_dir=str(tmp_path / "packed"))
+    plain = loaded(**options, cache_dir=str(tmp_path / "plain"), neat_packing=False)
+    rows = list(zip(plain["input_ids"], plain["labels"], strict=True))
+    found = [(f["input_ids"], f["labels"]) for i in range(len(packed)) for f in packed[i]["pack"]]
+    assert sorted(found) == sorted(rows)
+    assert max(sum(lengths(packed[i])) for i in range(len(packed))) <= 1400
+    pictures = sum(len(image["bytes"]) for images in plain["images"] for image in images or [])
+    assert cached(tmp_path / "packed") < 0.1 * pictures
+    assert cached(tmp_path / "plain") > pictures  # the control
+
+
+def test_a_sample_whose_picture_is_cut_is_left_out_with_a_word(data, tied, caplog):
+    with caplog.at_level("WARNING"):
+        packed = loaded(data, tied.merged, "mixed", cutoff_len=300, cache_dir=str(data / "short"))
+    kept = len(packed.plan.members)
+    assert 0 < kept < 40
+    assert f"{40 - kept} of 40 samples are left out" in caplog.text
+
+
+def test_a_stream_gives_every_sample_once_in_full_packs(data, tied):
+    streaming = {"streaming": True, "max_steps": 5, "buffer_size": 8, "dataloader_num_workers": 1}
+    stream = loaded(data, tied.merged, "mixed,more", cutoff_len=400, **streaming)
+    whole = loaded(data, tied.merged, "mixed,more", cutoff_len=400)
+    stream = type(stream)(stream.rows, stream.samples, stream.capacity, 1, stream.seed)
+    once = list(stream)
+    assert texts(once) == texts(whole[i] for i in range(len(whole)))
+    assert texts(once) == texts(stream)
+    assert [lengths(pack) for pack in once] == [lengths(pack) for pack in stream]
+
+
+def test_ranks_see_disjoint_and_complete_data(data, tied):
+    packed = loaded(data, tied.merged, "mixed,more", cutoff_len=600, per_device_train_batch_size=4)  # as 2 ranks of 2
+    batches = BatchSampler(packed.sampler, 2, drop_last=False)
+    shards = [list(chain(*BatchSamplerShard(batches, 2, rank))) for rank in range(2)]
+    assert sorted(chain(*shards)) == list(range(len(packed)))
+
+
+@pytest.fixture(scope="module")
+def twice(data, untied, tmp_path_factory):
+    """One epoch packed, and the same samples step by step unpacked; the folder of the runs."""
+    folder = tmp_path_factory.mktemp("runs")
+    packed = loaded(data, untied.merged, "even", cutoff_len=CAPACITY, per_device_train_batch_size=1)
+    assert [len(packed.plan.pack(i)) for i in range(len(packed))] == [2] * (EVEN // 2)
+    rows = even_records()
+    write_set(data, "reordered", [rows[packed.row[sample]] for sample in packed.plan.members])
+    write_set(data, "shifted", [rows[packed.row[sample]] for sample in np.roll(packed.plan.members, 1)])
+    arguments = {
+        "model": untied.merged,
+        "data": data,
+        "max_steps": EVEN // 2,
+        "cutoff_len": CAPACITY,
+        "seed": 42,
+        "optim": "sgd",
+        "learning_rate": 0.05,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+    }
+    stage = recipe("8B", "2.1")
+    one = {"dataset": "even", "neat_packing": "true", "per_device_train_batch_size": 1, "save_steps": 20}
+    train(stage, output=folder / "packed", **one, **arguments)
+    two = {"per_device_train_batch_size": 2, "disable_shuffling": "true"}
+    train(stage, output=folder / "unpacked", dataset="reordered", **two, **arguments)
+    return folder, {**one, **arguments}
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def distance(one: dict, other: dict, base: dict) -> float:
+    """||one - other|| / ||one - base||."""
+    apart = sum((one[name] - other[name]).square().sum() for name in one)
+    return float((apart / sum((one[name] - base[name]).square().sum() for name in one)).sqrt())
+
+
+def test_forty_packed_steps_end_where_unpacked_ones_do(twice, untied):
+    folder, _ = twice
+    base, packed, unpacked = weights(untied.merged), weights(folder / "packed"), weights(folder / "unpacked")
+    assert distance(packed, unpacked, base) < 1e-4
+    assert losses(folder / "packed") == pytest.approx(losses(folder / "unpacked"), abs=2e-4)
+    halfway = weights(folder / "packed/checkpoint-20")  # the control: where the steps end can be told
+    assert distance(packed, halfway, base) > 1e-2
+
+
+def test_a_packed_run_resumes_exactly_and_not_with_another_plan(twice):
+    folder, arguments = twice
+    resumed = folder / "resumed"
+    shutil.copytree(folder / "packed/checkpoint-20", resumed / "checkpoint-20")
+    shutil.copy(folder / "packed/packing.json", resumed)
+    run = train(recipe("8B", "2.1"), output=resumed, **arguments)
+    assert "Continuing training from global step 20" in run.stdout
+    whole, again = weights(folder / "packed"), weights(resumed)
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+    plan = json.loads((resumed / "packing.json").read_text())
+    write_json(resumed / "packing.json", {**plan, "sha256": "0" * 64})
+    refused = train(recipe("8B", "2.1"), output=resumed, check=False, **arguments)
+    assert refused.returncode == 2
+    assert "packed its samples otherwise" in refused.stdout

@@ -1,0 +1,55 @@
+"""Samples with pictures, videos and text, alone and in one row, for tests on CPUs and GPUs."""
+
+import torch
+
+# Pictures and videos of each sample, (frames, height, width) in patches; and how many words it has.
+SAMPLES = (
+    ([(1, 4, 6)], [], 7),
+    ([], [], 11),
+    ([(1, 2, 2), (1, 10, 4)], [], 5),
+    ([], [(2, 4, 4)], 9),
+    ([(1, 6, 6)], [(3, 2, 4)], 3),
+    ([], [], 1),
+)
+
+
+def alone(model, seed: int, pictures: list, videos: list, words: int) -> dict[str, torch.Tensor]:
+    """One sample as a trainer's collator gives it, a label on each word."""
+    config, dice = model.config, torch.Generator().manual_seed(seed)
+    ids: list[int] = []
+    for grids, token in ((pictures, config.image_token_id), (videos, config.video_token_id)):
+        for frames, height, width in grids:
+            ids += [config.vision_start_token_id, *[token] * (frames * height * width // 4)]
+    text = torch.randint(0, 300, (words,), generator=dice).tolist()
+    batch = {"input_ids": torch.tensor([ids + text]), "labels": torch.tensor([[-100] * len(ids) + text])}
+    batch["labels"][0, 0] = -100  # nothing stands before it
+    for name, grids in (("image_grid_thw", pictures), ("video_grid_thw", videos)):
+        if grids:
+            batch[name] = torch.tensor(grids)
+            pixels = "pixel_values" if name == "image_grid_thw" else "pixel_values_videos"
+            batch[pixels] = torch.randn(int(batch[name].prod(1).sum()), 3 * 2 * 14 * 14, generator=dice)
+    positions, _ = model.model.get_rope_index(
+        batch["input_ids"], batch.get("image_grid_thw"), batch.get("video_grid_thw"), None
+    )
+    return {**batch, "position_ids": positions}
+
+
+def packed(samples: list[dict]) -> dict:
+    lengths = [sample["input_ids"].shape[1] for sample in samples]
+    ends = torch.tensor([0, *lengths]).cumsum(0).int()
+    batch = {name: torch.cat([s[name] for s in samples], -1) for name in ("input_ids", "labels", "position_ids")}
+    for name in ("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw"):
+        batch[name] = torch.cat([sample[name] for sample in samples if name in sample])
+    return {**batch, **{f"cu_seq_lens_{x}": ends for x in "qk"}, **{f"max_length_{x}": max(lengths) for x in "qk"}}
+
+
+def gradients(model, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def distance(one: dict, other: dict) -> float:
+    """The largest difference of a gradient, in units of that gradient."""
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).norm() / other[name].norm().clamp(min=1e-3)) for name in one)

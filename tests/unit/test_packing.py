@@ -1,0 +1,85 @@
+"""Several samples in one row: the loss and every gradient are those of the samples alone."""
+
+import pytest
+import torch
+
+from packing import SAMPLES, alone, distance, gradients, packed
+from qwen_merge.architecture.modeling_qwen2_5_vl_merge import Qwen2_5_VL_MergeForConditionalGeneration
+
+
+@pytest.fixture(scope="module", params=["tied", "untied"])
+def model(request):
+    source = request.getfixturevalue(request.param)
+    return Qwen2_5_VL_MergeForConditionalGeneration.from_pretrained(
+        source.merged, torch_dtype="float32", attn_implementation="sdpa"
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    """Loss and gradients of the samples one by one, each weighing as much as it has labels."""
+    model.train()
+    samples = [alone(model, seed, *sample) for seed, sample in enumerate(SAMPLES)]
+    counts = [int((sample["labels"][0, 1:] != -100).sum()) for sample in samples]
+    pairs = zip(samples, counts, strict=True)
+    loss = sum(model(**sample).loss * count for sample, count in pairs if count) / sum(counts)
+    return samples, float(loss), gradients(model, loss)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("without_logits", [False, True])
+def test_a_row_of_samples_trains_as_they_do_alone(model, expected, without_logits, checkpointing):
+    samples, loss, grads = expected
+    model.loss_without_logits = without_logits
+    try:
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        output = model(**packed(samples), use_cache=False)
+        assert (output.logits is None) == without_logits
+        assert abs(float(output.loss) - loss) < 1e-5
+        assert distance(gradients(model, output.loss), grads) < 1e-5
+    finally:
+        model.loss_without_logits = False
+        model.gradient_checkpointing_disable()
+
+
+@pytest.mark.parametrize("missing", ["offsets", "positions"])
+def test_without_the_offsets_or_the_positions_it_trains_otherwise(model, expected, missing):
+    """The controls: samples that see the ones before them, or pictures without rows and columns."""
+    samples, _, grads = expected
+    row = packed(samples)
+    if missing == "offsets":
+        row = {name: value for name, value in row.items() if not name.startswith(("cu_seq", "max_length"))}
+    else:
+        row["position_ids"] = torch.arange(row["input_ids"].shape[1]).expand(3, 1, -1)
+    assert distance(gradients(model, model(**row).loss), grads) > 1e-3
+
+
+def test_no_row_changes_another_rows_samples(model, expected):
+    samples, _, _ = expected
+    model.eval()
+    with torch.no_grad():
+        whole = model(**packed(samples), use_cache=False).logits[0]
+        start = 0
+        for sample in samples:
+            length = sample["input_ids"].shape[1]
+            torch.testing.assert_close(whole[start : start + length], model(**sample).logits[0], atol=1e-5, rtol=1e-4)
+            start += length
+    model.train()
+
+
+def test_a_mask_beside_the_offsets_is_refused(model, expected):
+    row = packed(expected[0])
+    with pytest.raises(ValueError, match="packed samples come without an attention_mask"):
+        model(**row, attention_mask=torch.ones_like(row["input_ids"]))
+
+
+def test_attention_that_knows_no_offsets_is_refused(tied, expected):
+    eager = Qwen2_5_VL_MergeForConditionalGeneration.from_pretrained(tied.merged, attn_implementation="eager")
+    with pytest.raises(ValueError, match="eager attention would see all samples of a row"):
+        eager(**packed(expected[0]))
+
+
+def test_attentions_are_still_given_on_demand(model, expected):
+    attentions = model(**expected[0][0], output_attentions=True).attentions
+    assert attentions[0].shape[1] == model.config.num_attention_heads

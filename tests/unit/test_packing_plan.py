@@ -1,0 +1,103 @@
+"""Plans of packed epochs: full, complete, balanced, the same again; against what LLaMA-Factory's own packing gives."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+FILE = Path(__file__).parents[2] / "src/qwen_merge/overlays/llamafactory/files/qwen_merge_plan.py"
+
+
+@pytest.fixture(scope="module")
+def planner():
+    spec = importlib.util.spec_from_file_location("qwen_merge_plan", FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def stage_two(samples: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths and patches as of stage 2.1: a third text only, pictures of up to 324 tokens, some long answers."""
+    dice = np.random.default_rng(seed)
+    tokens = np.where(dice.random(samples) < 1 / 3, 0, dice.integers(60, 325, samples))
+    text = np.minimum(dice.lognormal(5.5, 0.8, samples).astype(int) + 10, 7500)
+    return tokens + text, 4 * tokens
+
+
+def fill(packs: list, lengths: np.ndarray, capacity: int) -> float:
+    return lengths.sum() / (len(packs) * capacity)
+
+
+def test_packs_are_full_over_the_epoch(planner):
+    lengths, patches = stage_two(20_000)
+    plan = planner.make_plan(lengths, patches, 8096, 8, seed=1)
+    assert plan.fill > 0.98
+    assert sorted(plan.members.tolist()) == list(range(20_000))
+    assert all(lengths[plan.pack(i)].sum() <= 8096 for i in range(len(plan)))
+    assert len(plan) % 8 == 0
+
+    # Control: samples in their order, a new pack when one does not fit.
+    packs, room = 0, 0
+    for length in lengths.tolist():
+        packs, room = (packs, room - length) if room >= length else (packs + 1, 8096 - length)
+    assert lengths.sum() / (packs * 8096) < 0.97
+
+
+def test_ranks_of_a_step_have_the_same_work(planner):
+    lengths, patches = stage_two(40_000)
+    cost = lengths + planner.PATCH_COST * patches
+
+    def balance(plan) -> float:
+        """Mean over slowest, averaged over the steps."""
+        packs = np.array([cost[plan.pack(i)].sum() for i in range(len(plan))]).reshape(-1, plan.group)
+        return float((packs.mean(1) / packs.max(1)).mean())
+
+    plan = planner.make_plan(lengths, patches, 8096, 8, seed=1)
+    assert balance(plan) > 0.99
+    shuffled = np.random.default_rng(0).permutation(len(plan))  # the control
+    members = [plan.pack(i) for i in shuffled]
+    control = planner.Plan(np.concatenate(members), np.cumsum([0, *map(len, members)]), 8, 8096, plan.tokens)
+    assert balance(control) < balance(plan)
+
+
+def test_the_seed_decides(planner):
+    lengths, patches = stage_two(3000)
+    one, again, other = (planner.make_plan(lengths, patches, 8096, 4, seed) for seed in (1, 1, 2))
+    assert np.array_equal(one.members, again.members)
+    assert np.array_equal(one.offsets, again.offsets)
+    assert not np.array_equal(one.members, other.members)
+
+
+def test_epochs_take_the_steps_in_other_orders_and_all_of_them(planner):
+    lengths, patches = stage_two(3000)
+    plan = planner.make_plan(lengths, patches, 8096, 4, seed=1)
+    sampler = planner.PlanSampler(plan, seed=1)
+    first = list(sampler)
+    sampler.set_epoch(1)
+    second = list(sampler)
+    assert first == list(range(len(plan)))
+    assert second != first
+    assert sorted(second) == first
+    assert all(second[i] // 4 == second[i + 3] // 4 for i in range(0, len(second), 4))  # steps stay together
+    sampler.set_epoch(1)
+    assert list(sampler) == second
+
+
+@pytest.mark.parametrize("samples", [1, 3, 5, 17])
+def test_too_few_samples_for_all_ranks(planner, samples):
+    lengths = np.full(samples, 30)
+    plan = planner.make_plan(lengths, lengths * 0, 100, 8, seed=0)
+    assert sorted(plan.members.tolist()) == list(range(samples))
+    assert len(plan) == 8 if samples >= 8 else len(plan) == samples
+    assert sorted(planner.PlanSampler(plan, 0)) == list(range(len(plan)))
+
+
+def test_lengths_that_fit_nowhere(planner):
+    with pytest.raises(ValueError, match="1 to 100 tokens are needed, got 5 to 101"):
+        planner.best_fit(np.array([5, 101]), 100, 0)
+
+
+def test_an_exact_fit_is_found(planner):
+    packs = planner.best_fit(np.array([60, 50, 50, 40, 30, 70]), 100, 0)
+    assert len(packs) == 3
