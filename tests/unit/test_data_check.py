@@ -125,6 +125,17 @@ def test_packing_is_counted_as_llama_factory_packs(data, model):
     assert packed < 41 + 17
 
 
+def test_planned_packing_is_counted_as_the_overlay_plans(data, model):
+    from llamafactory.data import get_dataset
+
+    config = settings(data, model, "first,second", neat_packing=True, cutoff_len=1400)
+    arguments, _ = check_recipe.parse(config)
+    tokenizer, processor, template = check_recipe.load(arguments)
+    parts = (arguments.model, arguments.data, arguments.training)
+    module = get_dataset(template, *parts, "sft", tokenizer=tokenizer, processor=processor)
+    assert check(config, world_size=1).steps.samples == len(module["train_dataset"])
+
+
 def test_steps_are_the_trainers():
     """By hand: 23 samples, 2 a batch, 3 processes: 12 batches, 4 each; 2 accumulated: 2 steps; 1.2 epochs: 3."""
     assert vars(steps(23, 2, 2, 3, 1.2)) == {

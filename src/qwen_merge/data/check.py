@@ -16,7 +16,7 @@ from pathlib import Path
 
 from qwen_merge.data import check_recipe, check_rows, check_sets
 from qwen_merge.data.check_report import figures, lines
-from qwen_merge.data.check_steps import Steps, map_batches, packed_samples, steps
+from qwen_merge.data.check_steps import PLANNED_TEMPLATES, Steps, map_batches, packed_samples, planned_packs, steps
 from qwen_merge.data.check_summary import Summary
 from qwen_merge.data.manifest import require_writable, write_json
 from qwen_merge.data.units import run_units
@@ -261,6 +261,9 @@ def _packed(result: Check) -> int:
     assert result.arguments is not None
     data = result.arguments.data
     rows = [length for each in result.sets for length in result.lengths[each.files.name]]
+    if data.neat_packing and data.template in PLANNED_TEMPLATES:
+        group = result.world_size * result.arguments.training.per_device_train_batch_size
+        return planned_packs([length for length in rows if length is not None], data.cutoff_len, group)
     start, batches = 0, []
     for size in map_batches(len(rows), data.preprocessing_num_workers, data.preprocessing_batch_size):
         batches.append([length for length in rows[start : start + size] if length is not None])

@@ -7,6 +7,9 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+# What the overlay of LLaMA-Factory packs itself, over a whole epoch.
+PLANNED_TEMPLATES = ("qwen_merge_vl", "qwen_merge_vl_pt")
+
 
 @dataclass(frozen=True)
 class Steps:
@@ -37,6 +40,17 @@ def packed_samples(lengths: Iterable[Sequence[int]], cutoff: int) -> int:
     from llamafactory.data.processor.processor_utils import greedy_knapsack
 
     return sum(len(greedy_knapsack([length for length in batch if length <= cutoff], cutoff)) for batch in lengths)
+
+
+def planned_packs(lengths: Sequence[int], cutoff: int, group: int) -> int:
+    """Packs that this kit's overlay plans of rows (`neat_packing`), with `group` of them taken at a time by all ranks.
+
+    `cutoff`: as LLaMA-Factory has parsed it, one less than the recipe says.
+    """
+    import numpy as np
+    from llamafactory.data.qwen_merge_plan import best_fit, divided
+
+    return len(divided(best_fit(np.array(lengths, dtype=np.int64), cutoff + 1, 0), group))
 
 
 def map_batches(rows: int, workers: int | None, batch: int) -> list[int]:
