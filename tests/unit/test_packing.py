@@ -1,5 +1,7 @@
 """Several samples in one row: the loss and every gradient are those of the samples alone."""
 
+import copy
+
 import pytest
 import torch
 
@@ -66,6 +68,15 @@ def test_no_row_changes_another_rows_samples(model, expected):
             torch.testing.assert_close(whole[start : start + length], model(**sample).logits[0], atol=1e-5, rtol=1e-4)
             start += length
     model.train()
+
+
+def test_compiled_layers_give_the_same(model, expected):
+    samples, loss, grads = expected
+    compiled = copy.deepcopy(model)
+    compiled.compile_blocks(backend="aot_eager", dynamic=True)
+    output = compiled(**packed(samples), use_cache=False)
+    assert abs(float(output.loss) - loss) < 1e-5
+    assert distance(gradients(compiled, output.loss), grads) < 1e-4
 
 
 def test_a_mask_beside_the_offsets_is_refused(model, expected):

@@ -1,5 +1,6 @@
 """The vision tower's attention within windows and frames: the same features and gradients as transformers' own."""
 
+import copy
 import random
 
 import pytest
@@ -118,6 +119,21 @@ def test_gradient_checkpointing_changes_nothing(towers):
         gradients.append(ours.patch_embed.proj.weight.grad.clone())
     ours.gradient_checkpointing_disable()
     assert torch.equal(*gradients)
+
+
+def test_compiled_blocks_give_the_same_and_share_their_graphs(towers):
+    ours, _ = towers
+    expected, graphs = [ours(*batch(seed)) for seed in (11, 12)], []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = copy.deepcopy(ours)
+    compiled.compile_blocks(backend=backend, dynamic=True)
+    for seed, features in zip((11, 12), expected, strict=True):
+        assert distance(compiled(*batch(seed)), features) < 1e-6
+    assert len(graphs) == 2  # before and after the attention, for all blocks and both batches
 
 
 def test_windows_of_a_frame():

@@ -65,10 +65,15 @@ def packed_sdpa_attention(module, query, key, value, attention_mask, cu_seq_lens
         q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
         output = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, window_size=(-1, 0))
         return output[None], None
-    lengths = cu_seq_lens_q.diff().tolist()
+    return _attend_one_by_one(module, query, key, value, cu_seq_lens_q, **kwargs), None
+
+
+@torch.compiler.disable  # the number of samples would be part of a compiled layer
+def _attend_one_by_one(module, query, key, value, offsets, **kwargs) -> torch.Tensor:
+    lengths = offsets.diff().tolist()
     samples = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
     outputs = [sdpa_attention_forward(module, *sample, None, is_causal=True, **kwargs)[0] for sample in samples]
-    return torch.cat(outputs, dim=1), None
+    return torch.cat(outputs, dim=1)
 
 
 ALL_ATTENTION_FUNCTIONS.register("packed_sdpa", packed_sdpa_attention)
@@ -129,7 +134,7 @@ class Qwen2_5_VL_MergeTextModel(Qwen3Model):
 
 class Qwen2_5_VL_MergePreTrainedModel(Qwen2_5_VLPreTrainedModel):
     config_class = Qwen2_5_VL_MergeConfig
-    _no_split_modules = ["Qwen3DecoderLayer", "Qwen2_5_VLVisionBlock"]
+    _no_split_modules = ["Qwen3DecoderLayer", "Qwen2_5_VLVisionBlock", "Qwen2_5_VL_MergeVisionBlock"]
 
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -205,6 +210,16 @@ class Qwen2_5_VL_MergeForConditionalGeneration(Qwen2_5_VL_MergePreTrainedModel, 
         # nothing and go on from the base weights.
         self.register_load_state_dict_pre_hook(_names_of_memory)
         self.post_init()
+
+    def compile_blocks(self, **options) -> None:
+        """torch.compile for the layers of both towers one by one, with `options`; their first step then takes a minute.
+
+        To be called when it is settled what trains: PyTorch takes a graph without gradients for one with them.
+        """
+        if self.model.visual.config._attn_implementation == "sdpa":
+            self.model.visual.compile_blocks(**options)
+        for layer in self.model.language_model.layers:
+            layer.compile(**options)
 
     @wraps(Qwen2_5_VLForConditionalGeneration.forward)
     def forward(self, *args, labels=None, **kwargs):

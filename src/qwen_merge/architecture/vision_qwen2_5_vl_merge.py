@@ -4,6 +4,7 @@ The patch merger (the projector) gets GELU and one Linear behind it. Attention i
 only. transformers' sdpa path builds a mask over all patches of a batch, in each of its layers, and multiplies by it:
 work that grows with the square of the pictures in a batch. Here the windows are sorted by size, so that equal ones lie
 side by side and go through one call without a mask; the four layers with full attention see the frames sorted likewise.
+What stands around the attention can be compiled once for all blocks.
 Features are equal within rounding (`tests/unit/test_vision.py`, 30 random batches of pictures and videos).
 """
 
@@ -17,7 +18,7 @@ from torch.nn import functional
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VisionTransformerPretrainedModel,
     Qwen2_5_VLPatchMerger,
-    Qwen2_5_VLVisionSdpaAttention,
+    Qwen2_5_VLVisionBlock,
     apply_rotary_pos_emb_vision,
 )
 
@@ -53,24 +54,45 @@ class Segments:
     rotary: tuple[torch.Tensor, torch.Tensor]
 
 
-class Qwen2_5_VL_MergeVisionAttention(Qwen2_5_VLVisionSdpaAttention):
-    """Attention within each segment: no mask over all patches, whose cost is quadratic in the pictures of a batch.
+class Qwen2_5_VL_MergeVisionBlock(Qwen2_5_VLVisionBlock):
+    """Qwen2.5-VL's block with attention within segments: no mask over all patches, whose cost is quadratic in them.
+
+    before, after: what stands on either side of the attention; `compile_blocks` puts compiled forms here.
+    """
+
+    def __init__(self, config: Qwen2_5_VL_MergeVisionConfig):
+        super().__init__(config, "sdpa")
+        self.before, self.after = before_attention, after_attention
+
+    def forward(self, hidden_states: torch.Tensor, segments: Segments) -> torch.Tensor:
+        """(patches, width) -> (patches, width)."""
+        q, k, v = self.before(self, hidden_states, *segments.rotary)
+        return self.after(self, hidden_states, attend(q, k, v, segments).flatten(1))
+
+
+def before_attention(block: nn.Module, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor):
+    """(patches, width) -> query, key and value, (patches, heads, head width) each, the first two turned."""
+    qkv = block.attn.qkv(block.norm1(hidden_states)).unflatten(1, (3, block.attn.num_heads, -1))
+    q, k = apply_rotary_pos_emb_vision(qkv[:, 0], qkv[:, 1], cos, sin)
+    return q, k, qkv[:, 2].contiguous()
+
+
+def after_attention(block: nn.Module, hidden_states: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+    """(patches, width), and what attention gave for each -> (patches, width)."""
+    hidden_states = hidden_states + block.attn.proj(attended)
+    return hidden_states + block.mlp(block.norm2(hidden_states))
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments) -> torch.Tensor:
+    """q, k, v (patches, heads, head width) -> the same shape, each patch from its segment.
 
     PyTorch's varlen kernel takes all segments at once where it exists (2.10, CUDA, 16 bit); elsewhere neighbours of
     equal length go through scaled_dot_product_attention as one batch, which on GPUs is its flash kernel.
     """
-
-    def forward(self, hidden_states, cu_seqlens, rotary_pos_emb=None, position_embeddings=None):
-        """(patches, width) -> (patches, width); `cu_seqlens` is a `Segments`."""
-        patches = hidden_states.shape[0]
-        q, k, v = self.qkv(hidden_states).reshape(patches, 3, self.num_heads, -1).unbind(1)
-        q, k = apply_rotary_pos_emb_vision(q, k, *position_embeddings)
-        if varlen_attn is not None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-            ends, longest = cu_seqlens.offsets, max(cu_seqlens.lengths)
-            output = varlen_attn(q, k, v.contiguous(), ends, ends, longest, longest)
-        else:
-            output = attend_in_batches(q, k, v, cu_seqlens.lengths)
-        return self.proj(output.reshape(patches, -1))
+    if varlen_attn is not None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        longest = max(segments.lengths)
+        return varlen_attn(q, k, v, segments.offsets, segments.offsets, longest, longest)
+    return attend_in_batches(q, k, v, segments.lengths)
 
 
 def attend_in_batches(q, k, v, lengths: tuple[int, ...]) -> torch.Tensor:
@@ -96,8 +118,16 @@ class Qwen2_5_VL_MergeVisionTransformer(Qwen2_5_VisionTransformerPretrainedModel
         super().__init__(config, *inputs, **kwargs)
         self.merger = Qwen2_5_VL_MergePatchMerger(config)
         if config._attn_implementation == "sdpa":
-            for block in self.blocks:
-                block.attn = Qwen2_5_VL_MergeVisionAttention(config.hidden_size, config.num_heads)
+            self.blocks = nn.ModuleList([Qwen2_5_VL_MergeVisionBlock(config) for _ in range(config.depth)])
+
+    def compile_blocks(self, **options) -> None:
+        """torch.compile for what stands around the attention of all blocks, with `options`; sdpa only.
+
+        Two small graphs serve all blocks and all grids; whole blocks would be compiled for each set of windows.
+        """
+        before, after = (torch.compile(part, **options) for part in (before_attention, after_attention))
+        for block in self.blocks:
+            block.before, block.after = before, after
 
     def forward(self, hidden_states: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
         """Patches (patches, channels * 2 * 14 * 14), their grids (pictures, 3) -> (patches / merge size², LLM width).
@@ -132,8 +162,8 @@ class Qwen2_5_VL_MergeVisionTransformer(Qwen2_5_VisionTransformerPretrainedModel
 
     def _block(self, block, hidden_states: torch.Tensor, segments: Segments) -> torch.Tensor:
         if self.gradient_checkpointing and self.training:
-            return self._gradient_checkpointing_func(block.__call__, hidden_states, segments, None, segments.rotary)
-        return block(hidden_states, cu_seqlens=segments, position_embeddings=segments.rotary)
+            return self._gradient_checkpointing_func(block.__call__, hidden_states, segments)
+        return block(hidden_states, segments)
 
     def _ordered(self, grids: list[list[int]], window: int | None) -> tuple[torch.Tensor, tuple[int, ...]]:
         """The units of all windows (frames when `window` is None), sorted by length, and the lengths in patches."""

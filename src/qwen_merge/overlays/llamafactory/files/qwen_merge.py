@@ -15,7 +15,7 @@ from ...extras import logging
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, TrainingArguments
 
     from ...hparams import FinetuningArguments
 
@@ -122,6 +122,29 @@ def check_training(model: "PreTrainedModel", finetuning_args: "FinetuningArgumen
             f"{finetuning_args.freeze_language_model}):{details}\n"
             "No step was taken. Run `qwen-merge overlay verify llamafactory`; if that fails, `qwen-merge overlay apply`."
         )
+
+
+def prepare_training(model: "PreTrainedModel", args: "TrainingArguments") -> None:
+    r"""Make `torch_compile: true` compile layer by layer: two graphs for the vision tower, one for the LLM's layers.
+
+    Trainer's own way compiles the model as a whole, which breaks at every picture and begins anew for every length.
+    Called when it is settled what trains, before Trainer reads its arguments.
+    """
+    if not args.torch_compile or getattr(model.config, "model_type", None) != "qwen2_5_vl_merge":
+        return
+
+    args.torch_compile = False
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_DYNAMO_")]:
+        del os.environ[name]
+
+    if is_deepspeed_zero3_enabled():
+        logger.warning_rank0("torch_compile is left out: ZeRO-3 gathers weights by hooks, at which graphs break.")
+        return
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    options = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode, "dynamic": True}
+    base.compile_blocks(**{name: value for name, value in options.items() if value is not None})
+    logger.info_rank0("The layers of both towers are compiled; the first step takes a minute or two longer.")
 
 
 def _stop(message: str) -> None:
