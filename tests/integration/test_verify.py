@@ -67,7 +67,7 @@ def test_a_merge_passes_every_check(request, run, kind):
     assert verdicts(results) == dict.fromkeys(CHECKS, "PASS")
     assert "equal byte for byte" in results["copied from LLM"][1]
     assert "equal bit for bit (float32)" in results["text logits"][1]
-    assert "equal bit for bit (float32)" in results["vision features"][1]
+    assert "rounding allows" in results["vision features"][1]  # attention is computed in another order
     assert last.endswith("8 passed, 0 failed, 0 not checked")
 
 

@@ -14,6 +14,7 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVi
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
 _CONFIGURATION, _MODELING = "configuration_qwen2_5_vl_merge", "modeling_qwen2_5_vl_merge"
+_CODE = (_CONFIGURATION, "vision_qwen2_5_vl_merge", _MODELING)
 _FOR_GENERATION = f"{_MODELING}.Qwen2_5_VL_MergeForConditionalGeneration"
 AUTO_MAP = {
     "AutoConfig": f"{_CONFIGURATION}.Qwen2_5_VL_MergeConfig",
@@ -162,12 +163,12 @@ class Qwen2_5_VL_MergeConfig(PretrainedConfig):
         return output
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
-        """Write `config.json`, and beside it the code that its `auto_map` names.
+        """Write `config.json`, and beside it the code that its `auto_map` names, and what that code imports.
 
         A checkpoint then loads in a transformers that does not know the architecture (`trust_remote_code=True`).
         """
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-        for module in (_CONFIGURATION, _MODELING):
+        for module in _CODE:
             source, target = Path(__file__).with_name(f"{module}.py"), Path(save_directory, f"{module}.py")
             if source.exists() and not (target.exists() and target.samefile(source)):
                 target.unlink(missing_ok=True)  # it may be a link into a cache

@@ -18,6 +18,7 @@ from functools import wraps
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_rope_utils import dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -175,6 +176,10 @@ class Qwen2_5_VL_MergeModel(Qwen2_5_VL_MergePreTrainedModel, Qwen2_5_VLModel):
         return {re.sub(r"^language_model\.", "model.", name): tensor for name, tensor in state_dict.items()}
 
 
+def _summed_loss(weight: torch.Tensor, hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return functional.cross_entropy(functional.linear(hidden_states, weight).float(), targets, reduction="sum")
+
+
 class Qwen2_5_VL_MergeHead(nn.Linear):
     """The output head. With `targets` it gives their loss, so that a sharded weight is gathered for it as for logits.
 
@@ -182,6 +187,8 @@ class Qwen2_5_VL_MergeHead(nn.Linear):
     """
 
     fused_loss = None
+    positions_at_once = 4096  # logits of more are made again in the backward: 1.2 GB in bfloat16, twice that in float32
+    summed_loss = staticmethod(_summed_loss)
 
     def forward(self, hidden_states: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         """(..., width) -> logits (..., vocabulary); with targets (positions): their mean cross entropy, float32."""
@@ -189,7 +196,12 @@ class Qwen2_5_VL_MergeHead(nn.Linear):
             return super().forward(hidden_states)
         if self.fused_loss is not None:
             return self.fused_loss(self.weight, hidden_states, targets)
-        return functional.cross_entropy(super().forward(hidden_states).float(), targets)
+        parts = list(zip(*(x.split(self.positions_at_once) for x in (hidden_states, targets)), strict=True))
+        if len(parts) == 1 or not torch.is_grad_enabled():
+            losses = [self.summed_loss(self.weight, *part) for part in parts]
+        else:
+            losses = [checkpoint(self.summed_loss, self.weight, *part, use_reentrant=False) for part in parts]
+        return torch.stack(losses).sum() / len(targets)
 
 
 class Qwen2_5_VL_MergeForConditionalGeneration(Qwen2_5_VL_MergePreTrainedModel, Qwen2_5_VLForConditionalGeneration):
@@ -220,6 +232,7 @@ class Qwen2_5_VL_MergeForConditionalGeneration(Qwen2_5_VL_MergePreTrainedModel, 
             self.model.visual.compile_blocks(**options)
         for layer in self.model.language_model.layers:
             layer.compile(**options)
+        self.lm_head.summed_loss = torch.compile(_summed_loss, **options)
 
     @wraps(Qwen2_5_VLForConditionalGeneration.forward)
     def forward(self, *args, labels=None, **kwargs):
