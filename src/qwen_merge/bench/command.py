@@ -57,6 +57,28 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     data.add_argument("--json", type=Path, help="also write the figures to this file")
     data.set_defaults(run=_run_data)
 
+    train = benches.add_parser(
+        "train",
+        help="training speed: stock recipe against fast recipe",
+        description="Builds the model at real size with random weights and trains it through LLaMA-Factory on samples "
+        "made by program, once with each recipe; prints real tokens a second, utilisation and where the time goes.",
+    )
+    train.add_argument("--size", choices=["tiny", "4B", "8B"], default="4B", help="(default: %(default)s)")
+    train.add_argument("--stage", choices=["1", "2", "3"], default="2", help="(default: %(default)s)")
+    train.add_argument("--recipe", nargs="+", choices=["stock", "fast"], default=["stock", "fast"], help="which to run")
+    train.add_argument("--steps", type=int, default=8, help="measured steps (default: %(default)s)")
+    train.add_argument("--warm-up", type=int, default=3, help="steps before them (default: %(default)s)")
+    train.add_argument("--samples", type=int, default=2000, help="in the set (default: %(default)s)")
+    train.add_argument("--cards", type=int, default=1, help="GPUs of this machine (default: %(default)s)")
+    train.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="(default: %(default)s)")
+    train.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="change the recipes, both of them")
+    train.add_argument(
+        "--work-dir", type=Path, help="where the files go, removed afterwards (default: a temporary one)"
+    )
+    train.add_argument("--json", type=Path, help="also write the figures to this file")
+    train.add_argument("--png", type=Path, help="also draw where the time goes")
+    train.set_defaults(run=_run_train)
+
     importing = benches.add_parser("import-time", help="wall time of `qwen-merge --help`, and what it imports")
     importing.add_argument("--repeats", type=int, default=7, help="runs; the median is reported (default: %(default)s)")
     importing.set_defaults(run=_run_import_time)
@@ -82,5 +104,11 @@ def _run_data(arguments: argparse.Namespace) -> int:
 
 def _run_import_time(arguments: argparse.Namespace) -> int:
     from qwen_merge.bench.import_time import run
+
+    return run(arguments)
+
+
+def _run_train(arguments: argparse.Namespace) -> int:
+    from qwen_merge.bench.train import run
 
     return run(arguments)

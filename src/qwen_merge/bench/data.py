@@ -91,7 +91,7 @@ def make_source(folder: Path, rows: int, files: int, size: tuple[int, int] = (64
             "conversations": [{"from": Value("string"), "value": Value("string")}],
         }
     )
-    pictures = [_photograph(seed, size) for seed in range(min(different, rows))]
+    pictures = [photograph(seed, size) for seed in range(min(different, rows))]
     generator = random.Random(0)
     folder.mkdir(parents=True)
     for file in range(files):
@@ -118,7 +118,7 @@ def make_source(folder: Path, rows: int, files: int, size: tuple[int, int] = (64
     return folder
 
 
-def _photograph(seed: int, size: tuple[int, int]) -> bytes:
+def photograph(seed: int, size: tuple[int, int]) -> bytes:
     """A JPEG with coarse and fine structure; about 60 KB at 640 × 480, as the pictures of CC3M."""
     import io
 

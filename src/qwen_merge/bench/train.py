@@ -1,0 +1,249 @@
+"""Training speed through LLaMA-Factory, recipe against recipe: `qwen-merge bench train`.
+
+    qwen-merge bench train --size 4B --stage 2                 # on a GPU: stock and fast recipe, one after the other
+    qwen-merge bench train --size tiny --stage 1 --device cpu  # shows that it runs
+
+The model has the real sizes and random weights, the data are made by program: JPEG pictures and texts as long as those
+of the stage's sets. Each recipe trains in a process of its own, on the same samples, through LLaMA-Factory's own code
+(`train_worker`). On one card optimizer states are bfloat16 (`pure_bf16`), without DeepSpeed. Utilisation is counted as
+`train_flops` says.
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from qwen_merge.bench.data import CAPTION, photograph
+from qwen_merge.bench.train_flops import PEAK
+from qwen_merge.errors import UserError
+
+EXAMPLES = Path(__file__).parents[3] / "examples/train_qwen_merge"
+STAGE_FILES = {"1": "1", "2": "2.1", "3": "3"}
+RECIPES = ("stock", "fast")
+WORDS = tuple(CAPTION.split())
+
+# Sides of the pictures, the share of samples with one, and the median and spread (of the logarithm) of words a text.
+SHAPES = {
+    "1": ((640, 480), 1.0, 200, 0.35),
+    "2": ((640, 480), 0.9, 180, 0.6),
+    "3": ((560, 560), 0.7, 600, 0.7),
+}
+SET = "bench"
+TINY_LLM = {
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "head_dim": 32,
+}
+TINY_VISION = {"depth": 2, "hidden_size": 32, "intermediate_size": 40, "num_heads": 2, "fullatt_block_indexes": [1]}
+
+
+def make_model(folder: Path, size: str) -> Path:
+    """Everything of a merged checkpoint but the weights: configuration, tokenizer, processors."""
+    from qwen_merge.bench.real_sizes import QWEN2_5_VL, QWEN3, vlm_shapes
+    from qwen_merge.bench.synthetic import PREPROCESSOR
+    from qwen_merge.demo.checkpoints import make_tokenizer
+    from qwen_merge.merger.companions import CHAT_TEMPLATE, MATERIALS
+    from qwen_merge.merger.configuration import merged_config
+    from qwen_merge.merger.safetensors_file import StoredTensor
+
+    vlm = copy.deepcopy(QWEN2_5_VL["72B"])
+    llm = dict(QWEN3["0.6B" if size == "tiny" else size])
+    if size == "tiny":
+        llm.update(TINY_LLM)
+        vlm["vision_config"].update(TINY_VISION, out_hidden_size=96)
+        vlm.update(hidden_size=96, num_attention_heads=3, num_key_value_heads=1, intermediate_size=80)
+        vlm["rope_scaling"] = {"type": "mrope", "mrope_section": [4, 6, 6]}
+    vlm["num_hidden_layers"] = 1  # of its LLM only the vision tower's neighbours matter
+    for name in [name for name in vlm if name.endswith("_token_id")]:
+        del vlm[name]  # the tokenizer's then
+    stored = {
+        name: StoredTensor("BF16", shape, "model.safetensors", 0, 2 * math.prod(shape))
+        for name, shape in vlm_shapes({**vlm, "vocab_size": 8}).items()
+        if name.startswith("visual.")
+    }
+    tokenizer = make_tokenizer(folder)
+    if size == "tiny":
+        llm["vocab_size"] = len(tokenizer)
+    config = merged_config(vlm, llm, stored, tokenizer.get_vocab()).config
+    config.pop("auto_map")  # no code beside it
+    config["torch_dtype"] = "float32" if size == "tiny" else "bfloat16"
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR), encoding="utf-8")
+    (folder / CHAT_TEMPLATE).write_text((MATERIALS / CHAT_TEMPLATE).read_text(encoding="utf-8"), encoding="utf-8")
+    return folder
+
+
+def make_data(folder: Path, stage: str, samples: int, shrink: int = 1) -> Path:
+    """`samples` rows of the record format as one set; pictures and texts `shrink` times smaller."""
+    from qwen_merge.data.schema import Record
+    from qwen_merge.data.shards import ShardWriter
+
+    (width, height), share, words, spread = SHAPES[stage]
+    dice = random.Random(0)
+    pictures = [photograph(seed, (width // shrink, height // shrink)) for seed in range(24)]
+    with ShardWriter(folder / SET, "part-00000") as writer:
+        for number in range(samples):
+            image = [pictures[number % len(pictures)]] if dice.random() < share else []
+            length = max(4, min(int(dice.lognormvariate(math.log(words / shrink), spread)), 6000))
+            answer = " ".join(dice.choices(WORDS, k=length))
+            question = "<image>" * len(image) + " ".join(dice.choices(WORDS, k=max(4, 24 // shrink)))
+            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            writer.add(Record(turns, image))
+        writer.close()
+    entry = {
+        "file_name": SET,
+        "formatting": "sharegpt",
+        "columns": {"messages": "messages", "images": "images"},
+        "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
+    }
+    (folder / "dataset_info.json").write_text(json.dumps({SET: entry}), encoding="utf-8")
+    return folder
+
+
+def arguments_of(recipe: str, options: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """LLaMA-Factory's arguments: the recipe's, with what the benchmark must change."""
+    import yaml
+
+    size = "4B" if options.size == "tiny" else options.size
+    suffix = "_fast" if recipe == "fast" else ""
+    path = EXAMPLES / f"train_qwen_merge_vl_{size}_stage{STAGE_FILES[options.stage]}{suffix}.yaml"
+    if not path.is_file():
+        raise UserError(f"{path} is not there: the benchmark runs the recipes of a checkout. Run it from one.")
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    values.update(
+        model_name_or_path=str(work / "model"),
+        train_from_scratch=True,
+        dataset_dir=str(work / "data"),
+        dataset=SET,
+        cache_dir=str(work / "cache" / recipe),
+        output_dir=str(work / "output" / recipe),
+        overwrite_output_dir=True,
+        max_steps=options.steps + options.warm_up,
+        warmup_ratio=0,
+        report_to="none",
+        plot_loss=False,
+        save_strategy="no",
+        preprocessing_num_workers=min(values["preprocessing_num_workers"], os.cpu_count() or 1),
+        disable_tqdm=True,
+    )
+    if options.device == "cpu":
+        values.update(use_cpu=True, bf16=False, deepspeed=None, cutoff_len=512, per_device_train_batch_size=2)
+        values.update(gradient_accumulation_steps=1, dataloader_num_workers=0)
+        values.pop("torch_compile", None)
+        values.pop("enable_liger_kernel", None)
+    elif options.cards == 1:
+        values.update(deepspeed=None, pure_bf16=True)
+    for text in options.set:
+        key, _, value = text.partition("=")
+        values[key] = yaml.safe_load(value)
+    return values
+
+
+def measure(recipe: str, options: argparse.Namespace, work: Path) -> dict:
+    """One run in a process of its own (torchrun for several cards).
+
+    Raises:
+        UserError: it failed; the end of its output is in the message.
+    """
+    job, output, log = work / f"{recipe}.json", work / f"{recipe}-figures.json", work / f"{recipe}.log"
+    content = {"arguments": arguments_of(recipe, options, work), "device": options.device, "output": str(output)}
+    job.write_text(json.dumps({**content, "warm_up": options.warm_up}), encoding="utf-8")
+    command = [sys.executable, "-m", "qwen_merge.bench.train_worker", str(job)]
+    if options.cards > 1:
+        launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={options.cards}"]
+        command = [*launcher, *command[1:]]
+    with log.open("wb") as stream:
+        code = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, check=False).returncode
+    if code or not output.is_file():
+        text = log.read_text(errors="replace")
+        if "out of memory" in text:
+            return {"out_of_memory": True}
+        raise UserError(f"the {recipe} recipe failed:\n{text[-3000:]}")
+    return json.loads(output.read_text())
+
+
+def summary(figures: dict) -> dict:
+    """Rates of one run from what its worker wrote."""
+    seconds, counts = sum(figures["step_seconds"]), figures["counts"]
+    rates = [tokens / time for tokens, time in zip(figures["step_tokens"], figures["step_seconds"], strict=True)]
+    peak = next((flops for name, flops in PEAK.items() if name in figures["device"]), None)
+    return {
+        "tokens_per_second": statistics.median(rates),
+        "samples_per_second": counts["samples"] / seconds,
+        "padding": 1 - counts["tokens"] / counts["places"],
+        "utilisation": figures["matrix_flops"] / seconds / peak if peak else None,
+        "with_attention": (figures["matrix_flops"] + figures["attention_flops"]) / seconds / peak if peak else None,
+        "parts": {name: time / seconds for name, time in figures["parts"].items()},
+        "seconds_a_step": seconds / len(rates),
+        "peak_gib": figures["peak_bytes"] / 2**30,
+    }
+
+
+def run(options: argparse.Namespace) -> int:
+    recipes = [recipe for recipe in RECIPES if recipe in options.recipe]
+    content: dict[str, Any] = {"size": options.size, "stage": options.stage, "cards": options.cards}
+    with tempfile.TemporaryDirectory(prefix="qwen-merge-bench-", dir=options.work_dir) as folder:
+        work = Path(folder)
+        make_model(work / "model", options.size)
+        make_data(work / "data", options.stage, options.samples, 8 if options.size == "tiny" else 1)
+        for recipe in recipes:
+            figures = measure(recipe, options, work)
+            content[recipe] = figures
+            if "out_of_memory" in figures:
+                print(f"{recipe:6} out of memory")
+                continue
+            show(recipe, figures)
+    if all(recipe in content and "counts" in content[recipe] for recipe in RECIPES):
+        stock, fast = (summary(content[recipe])["tokens_per_second"] for recipe in RECIPES)
+        print(f"fast / stock, real tokens a second: {fast / stock:.2f}")
+    if options.json:
+        options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if options.png:
+        draw(content, options.png)
+    return 0
+
+
+def show(recipe: str, figures: dict) -> None:
+    rates = summary(figures)
+    if rates["utilisation"] is None:
+        utilisation = "utilisation unknown (no peak for this device)"
+    else:
+        utilisation = f"{rates['utilisation']:.1%} of peak ({rates['with_attention']:.1%} with attention)"
+    print(
+        f"{recipe:6} {rates['tokens_per_second']:9,.0f} real tokens/s  {rates['samples_per_second']:7.1f} samples/s  "
+        f"{utilisation}  padding {rates['padding']:.1%}  {rates['seconds_a_step']:.3f} s a step  "
+        f"{rates['peak_gib']:.1f} GiB   {figures['device']}, torch {figures['torch']}, {figures['attention']}"
+    )
+    print("       " + "  ".join(f"{name} {share:.1%}" for name, share in rates["parts"].items()))
+
+
+def draw(content: dict, path: Path) -> None:
+    """A bar for each recipe, its parts stacked: milliseconds for a thousand real tokens."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 2.6), layout="constrained")
+    for row, recipe in enumerate(recipe for recipe in RECIPES if "counts" in content.get(recipe, {})):
+        rates, left = summary(content[recipe]), 0.0
+        scale = 1e6 / rates["tokens_per_second"]
+        for number, (name, share) in enumerate(rates["parts"].items()):
+            label = name if row == 0 else None
+            axes.barh(recipe, share * scale, left=left, color=f"C{number}", label=label)
+            left += share * scale
+    axes.set_xlabel(f"ms for 1,000 real tokens ({content['size']}, stage {content['stage']})")
+    axes.invert_yaxis()
+    axes.legend(ncols=3, fontsize="small")
+    figure.savefig(path, dpi=130)

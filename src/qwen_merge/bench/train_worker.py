@@ -1,0 +1,175 @@
+"""One measured run of `qwen-merge bench train`, in a process of its own.
+
+    python -m qwen_merge.bench.train_worker JOB.json
+
+LLaMA-Factory's own `run_exp` trains, with one callback more. Two things are not as in `llamafactory-cli train`: weights
+are drawn where the model lives instead of read from the disk, and nothing is saved. Marks are CUDA events, so that
+measuring waits for nothing; on a CPU they are times.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from qwen_merge.bench.train_flops import Counts, Sizes, attention_flops, matrix_flops
+
+PARTS = ("waiting", "vision", "LLM", "loss", "backward", "optimizer")
+
+
+class Clock:
+    """Marks in the order of the device's work, and the seconds between two."""
+
+    def __init__(self, device: str):
+        self.device = device
+
+    def mark(self) -> Any:
+        if self.device == "cpu":
+            return time.perf_counter()
+        import torch
+
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, one: Any, other: Any) -> float:
+        return other - one if self.device == "cpu" else one.elapsed_time(other) / 1000
+
+
+def make_meter(job: dict):
+    """A callback that counts and marks the steps after the first `warm_up`."""
+    import torch
+    from transformers import TrainerCallback
+
+    class Meter(TrainerCallback):
+        def __init__(self) -> None:
+            self.clock = Clock(job["device"])
+            self.marks: list[list[tuple[str, Any]]] = []  # of each step; a name says what ended
+            self.counts: list[Counts] = []
+
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            self.sizes = Sizes.of(model)
+            model.register_forward_pre_hook(self.before, with_kwargs=True)
+            model.model.visual.register_forward_hook(lambda *_: self.note("vision"))
+            model.model.language_model.register_forward_hook(lambda *_: self.note("LLM"))
+            model.register_forward_hook(lambda *_: self.note("loss"))
+            self.tower, self.config = model.model.visual, model.config
+
+        def note(self, name: str) -> None:
+            self.marks[-1].append((name, self.clock.mark()))
+
+        def before(self, model, arguments, inputs) -> None:
+            if model.training:
+                self.note("waiting")
+                self.counts[-1] += count(inputs, self.tower)
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            begin = self.marks[-1][-1] if self.marks else ("begin", self.clock.mark())
+            self.marks.append([begin])
+            self.counts.append(Counts())
+            if state.global_step == job["warm_up"] and job["device"] != "cpu":
+                torch.cuda.reset_peak_memory_stats()
+
+        def on_substep_end(self, args, state, control, **kwargs):
+            self.note("backward")
+
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            self.note("backward")
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.note("optimizer")
+
+        def figures(self) -> dict:
+            if job["device"] != "cpu":
+                torch.cuda.synchronize()
+            steps, seconds, parts, total = [], [], dict.fromkeys(PARTS, 0.0), Counts()
+            for marks, counts in zip(self.marks[job["warm_up"] :], self.counts[job["warm_up"] :], strict=True):
+                seconds.append(self.clock.between(marks[0][1], marks[-1][1]))
+                for (_, begin), (name, end) in pairwise(marks):
+                    parts[name] += self.clock.between(begin, end)
+                steps.append(counts.tokens)
+                total += counts
+            peak = torch.cuda.max_memory_reserved() if job["device"] != "cpu" else 0
+            return {
+                "device": torch.cuda.get_device_name() if job["device"] != "cpu" else "cpu",
+                "torch": torch.__version__,
+                "step_seconds": seconds,
+                "step_tokens": steps,
+                "parts": parts,
+                "counts": vars(total),
+                "matrix_flops": matrix_flops(self.sizes, total),
+                "attention_flops": attention_flops(self.sizes, total),
+                "peak_bytes": peak,
+                "attention": self.config._attn_implementation,
+            }
+
+    return Meter()
+
+
+def count(inputs: dict, tower) -> Counts:
+    """What a batch holds. Waits for the device once, in the measured time."""
+    labels, mask = inputs["labels"], inputs.get("attention_mask")
+    offsets = inputs.get("cu_seq_lens_q")
+    lengths = offsets.diff() if offsets is not None else mask.sum(1) if mask is not None else None
+    lengths = [labels.shape[1]] * len(labels) if lengths is None else lengths.tolist()
+    grids = inputs["image_grid_thw"].tolist() if inputs.get("image_grid_thw") is not None else []
+    side = tower.window_size // tower.patch_size  # patches
+    windows = 0
+    for frames, height, width in grids:
+        rows = [min(side, height - top) for top in range(0, height, side)]
+        columns = [min(side, width - left) for left in range(0, width, side)]
+        windows += frames * sum(row * row for row in rows) * sum(column * column for column in columns)
+    return Counts(
+        samples=len(lengths),
+        tokens=sum(lengths),
+        places=labels.numel(),
+        labelled=int((labels[:, 1:] != -100).sum()),
+        patches=sum(frames * height * width for frames, height, width in grids),
+        squares=sum(length * length for length in lengths),
+        window_squares=windows,
+        frame_squares=sum(frames * (height * width) ** 2 for frames, height, width in grids),
+    )
+
+
+def drawn_on(device: str, load: Callable) -> Callable:
+    """LLaMA-Factory's `load_model`, whose `train_from_scratch` builds and draws on the CPU: here on the device."""
+
+    def load_model(*arguments, **options):
+        import torch
+        from transformers.modeling_utils import no_init_weights
+
+        with torch.device(device), no_init_weights():
+            model = load(*arguments, **options)
+        generator = torch.Generator(device).manual_seed(0)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.ndim > 1:
+                    parameter.normal_(0, 0.02, generator=generator)
+                else:
+                    parameter.fill_(float("norm" in name or "ln_q" in name))
+        model.tie_weights()
+        return model
+
+    return load_model
+
+
+def main() -> int:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    from llamafactory.train.sft import workflow
+    from llamafactory.train.tuner import run_exp
+    from transformers import Trainer
+
+    workflow.load_model = drawn_on(job["device"], workflow.load_model)
+    for name in ("save_model", "save_state", "_save_checkpoint"):
+        setattr(Trainer, name, lambda *_, **__: None)
+    meter = make_meter(job)
+    run_exp(job["arguments"], callbacks=[meter])
+    Path(job["output"]).write_text(json.dumps(meter.figures()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
