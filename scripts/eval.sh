@@ -31,7 +31,8 @@ say() { printf 'eval: %s\n' "$*" >&2; }
 die() { say "$@"; exit 2; }
 absolute() { (cd "$invoked_from" && readlink -m -- "$1"); }   # paths are those of the caller's folder
 
-[ $# -ge 1 ] || die "usage: scripts/eval.sh MODEL_DIR [TASK ...]   (the knobs are listed at the top of the script)"
+case ${1:-} in -h | --help) sed -n '2,20s/^# \{0,1\}//p' "$0"; exit ;; esac
+[ $# -ge 1 ] || die "usage: scripts/eval.sh MODEL_DIR [TASK ...]   (--help lists the knobs)"
 model=$(absolute "$1")
 shift
 tasks=("$@")

@@ -17,6 +17,7 @@ say() { printf 'train: %s\n' "$*" >&2; }
 die() { say "$@"; exit 2; }
 
 usage="usage: scripts/train.sh <4B|8B> <1|2.1|2.2|3|all> [key=value ...]"
+case ${1:-} in -h | --help) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit ;; esac
 [ $# -ge 2 ] || die "$usage"
 size=$1 stage=$2
 shift 2

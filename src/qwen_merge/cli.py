@@ -7,6 +7,7 @@ Each step's options live beside its code, in a `command.py` that imports nothing
 
 import argparse
 import importlib
+import os
 import sys
 
 from qwen_merge import __version__
@@ -44,6 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"qwen-merge {arguments.step}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `| head` has seen enough; Python would complain again when it flushes at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print(f"qwen-merge {arguments.step}: interrupted", file=sys.stderr)
         return 130

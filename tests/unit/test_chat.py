@@ -46,7 +46,7 @@ def test_a_thought_is_shown_before_it_ends():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "neither MODEL_DIR and --endpoint given"),
+        ([], "neither MODEL_DIR nor --endpoint given"),
         (["DIR", "--endpoint", "http://localhost:1/v1"], "both MODEL_DIR and --endpoint given"),
         (["DIR", "--image", "gone.png", "-q", "What?"], "no such file: gone.png"),
         (["DIR", "-q", "What?"], "DIR is not a checkpoint: it has no config.json"),

@@ -16,7 +16,9 @@ def add_parsers(subparsers) -> None:
     parser.add_argument("model_dir", nargs="?", type=Path, metavar="MODEL_DIR", help="a checkpoint, without --endpoint")
     parser.add_argument("-q", "--question", help="what to ask (default: questions from standard input)")
     parser.add_argument(
-        "--endpoint", metavar="URL", help="an OpenAI-compatible server, such as http://localhost:8000/v1"
+        "--endpoint",
+        metavar="URL",
+        help="an OpenAI-compatible server, such as http://localhost:8000/v1; a URL without a path gets /v1",
     )
     parser.add_argument("--model", help="the model's name at the endpoint (default: the first one it serves)")
     parser.add_argument("--image", type=Path, action="append", default=[], help="a picture; may be given several times")
@@ -41,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     model_dir = arguments.model_dir
     if (model_dir is None) == (arguments.endpoint is None):
         raise UserError(
-            f"{'both' if model_dir else 'neither'} MODEL_DIR and --endpoint given; expected one of them.\n"
+            f"{'both MODEL_DIR and' if model_dir else 'neither MODEL_DIR nor'} --endpoint given; expected one.\n"
             "Name a checkpoint (qwen-merge chat MODEL_DIR --image FILE -q QUESTION) or a server's address "
             "(--endpoint http://localhost:8000/v1)."
         )
@@ -70,6 +72,8 @@ def run(arguments: argparse.Namespace) -> int:
         messages.append(conversation.question(question, *media))
         media = ((), ())  # shown once, seen in the whole conversation
         answer = _print(answerer.answer(messages), hide_thoughts=arguments.hide_thoughts)
+        if answer and answerer.cut_off:
+            print(f"qwen-merge chat: cut off after {arguments.max_tokens} tokens (--max-tokens).", file=sys.stderr)
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     return 0
 

@@ -100,6 +100,7 @@ class InProcess:
         register()
         logging.set_verbosity_error()
         self.settings = settings
+        self.cut_off = False  # the last answer, by max_tokens
         self.processor = AutoProcessor.from_pretrained(folder)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = AutoModelForImageTextToText.from_pretrained(folder, torch_dtype="auto").to(device).eval()
@@ -128,13 +129,16 @@ class InProcess:
 
         def generate() -> None:
             try:
-                self.model.generate(
+                tokens = self.model.generate(
                     **inputs,
                     **sampling,
                     max_new_tokens=self.settings.max_tokens,
                     suppress_tokens=[config.image_token_id, config.video_token_id, config.vision_start_token_id],
                     streamer=streamer,
                 )
+                new = tokens.shape[1] - inputs["input_ids"].shape[1]
+                ends = torch.tensor(self.model.generation_config.eos_token_id)
+                self.cut_off = new >= self.settings.max_tokens and not torch.isin(tokens[0, -1].cpu(), ends).item()
             except BaseException as error:  # handed over to the thread that waits for text
                 failures.append(error)
                 streamer.end()
@@ -156,7 +160,14 @@ class Endpoint:
     def __init__(self, url: str, model: str | None, settings: Settings):
         import openai
 
+        from qwen_merge.data.teacher.endpoints import base_url
+
+        try:
+            url = base_url(url)
+        except ValueError as error:
+            raise UserError(f"{url!r} is no address such as http://localhost:8000/v1: {error}.") from None
         self.settings = settings
+        self.cut_off = False  # the last answer, by max_tokens
         # A local server asks for no key; the real one comes from OPENAI_API_KEY as usual.
         self.client = openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=1)
         try:
@@ -188,6 +199,8 @@ class Endpoint:
             splitter = ThoughtSplitter()
             for chunk in stream:
                 delta = chunk.choices[0].delta if chunk.choices else None
+                if chunk.choices and chunk.choices[0].finish_reason:
+                    self.cut_off = chunk.choices[0].finish_reason == "length"
                 if thought := getattr(delta, "reasoning_content", None):
                     yield "thought", thought
                 yield from splitter.feed(getattr(delta, "content", None) or "")
