@@ -193,8 +193,15 @@ def test_a_thinking_budget_is_kept_and_an_answer_follows(server, tokens, untied,
 
 
 def test_a_streamed_thinking_budget_gives_the_same_text(server, tokens):
-    options = {**thinking(tokens), "chat_template_kwargs": {"thinking_budget": 6}, "max_tokens": 150}
-    options |= {"temperature": 1, "seed": 3}  # draws among the tokens that are left
+    options = {**thinking(tokens), "temperature": 1}  # draws among the four tokens
+    # A seed whose thought opens at once. vLLM's parsers treat what stands before a <think> in three ways: dropped from a
+    # whole answer, content of a streamed one, thought of a streamed one whose first tokens came in one piece.
+    options["seed"] = next(
+        seed
+        for seed in range(20)
+        if server.answer("Why?", **options | {"seed": seed, "max_tokens": 1})["choices"][0]["message"]["content"] is None
+    )
+    options |= {"chat_template_kwargs": {"thinking_budget": 6}, "max_tokens": 150}
     whole = server.answer("Why?", **options)["choices"][0]["message"]
     thought = content = ""
     with server.ask("Why?", **options, stream=True) as stream:
@@ -204,12 +211,11 @@ def test_a_streamed_thinking_budget_gives_the_same_text(server, tokens):
                 thought += delta.get("reasoning_content") or ""
                 content += delta.get("content") or ""
     assert SENTENCE in thought
-    # vLLM's parser drops a streamed piece that is nothing but a <think> token, and keeps what stands before a thought.
+    # vLLM's parser drops a streamed piece that is nothing but a <think> token.
     thought, content, *whole = (
         text.replace("<think>", "") for text in (thought, content, whole["reasoning_content"], whole["content"])
     )
-    assert thought == whole[0]
-    assert content.endswith(whole[1])
+    assert [thought, content] == whole
 
 
 def test_a_budget_that_is_not_reached_changes_nothing(server, untied):
