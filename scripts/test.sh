@@ -13,5 +13,6 @@ ruff check .
 ruff format --check .
 mypy
 for script in scripts/*.sh; do bash -n "$script"; done
-[ $# -gt 0 ] || set -- -m "not gpu" --durations=15
+# Two files at a time: most of the time goes into processes that start on one core. More would share ports and memory.
+[ $# -gt 0 ] || set -- -m "not gpu" --durations=15 --numprocesses=2 --dist=loadfile
 exec python -m pytest "$@"
