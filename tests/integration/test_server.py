@@ -194,13 +194,14 @@ def test_a_thinking_budget_is_kept_and_an_answer_follows(server, tokens, untied,
 
 def test_a_streamed_thinking_budget_gives_the_same_text(server, tokens):
     options = {**thinking(tokens), "temperature": 1}  # draws among the four tokens
-    # A seed whose thought opens at once. vLLM's parsers treat what stands before a <think> in three ways: dropped from a
-    # whole answer, content of a streamed one, thought of a streamed one whose first tokens came in one piece.
-    options["seed"] = next(
-        seed
-        for seed in range(20)
-        if server.answer("Why?", **options | {"seed": seed, "max_tokens": 1})["choices"][0]["message"]["content"] is None
-    )
+
+    # A seed whose thought opens at once. vLLM's parsers treat what stands before a <think> in three ways: dropped from
+    # a whole answer, content of a streamed one, thought of a streamed one whose first tokens came in one piece.
+    def opens_at_once(seed: int) -> bool:
+        reply = server.answer("Why?", **options | {"seed": seed, "max_tokens": 1})
+        return reply["choices"][0]["message"]["content"] is None
+
+    options["seed"] = next(filter(opens_at_once, range(20)))
     options |= {"chat_template_kwargs": {"thinking_budget": 6}, "max_tokens": 150}
     whole = server.answer("Why?", **options)["choices"][0]["message"]
     thought = content = ""
