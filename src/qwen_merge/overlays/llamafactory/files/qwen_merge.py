@@ -125,12 +125,18 @@ def check_training(model: "PreTrainedModel", finetuning_args: "FinetuningArgumen
 
 
 def prepare_training(model: "PreTrainedModel", args: "TrainingArguments") -> None:
-    r"""Make `torch_compile: true` compile layer by layer: two graphs for the vision tower, one for the LLM's layers.
+    r"""What this architecture can do in a fine-tuning run, settled before Trainer reads its arguments.
 
-    Trainer's own way compiles the model as a whole, which breaks at every picture and begins anew for every length.
-    Called when it is settled what trains, before Trainer reads its arguments.
+    The loss is taken without logits of all positions: SFT reads no others. `torch_compile: true` compiles layer by
+    layer: two graphs for the vision tower, one for the LLM's layers. Trainer's own way compiles the model as a whole,
+    which breaks at every picture and begins anew for every length. Called when it is settled what trains.
     """
-    if not args.torch_compile or getattr(model.config, "model_type", None) != "qwen2_5_vl_merge":
+    if getattr(model.config, "model_type", None) != "qwen2_5_vl_merge":
+        return
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base.loss_without_logits = True
+    if not args.torch_compile:
         return
 
     args.torch_compile = False
@@ -141,7 +147,6 @@ def prepare_training(model: "PreTrainedModel", args: "TrainingArguments") -> Non
         logger.warning_rank0("torch_compile is left out: ZeRO-3 gathers weights by hooks, at which graphs break.")
         return
 
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     options = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode, "dynamic": True}
     base.compile_blocks(**{name: value for name, value in options.items() if value is not None})
     logger.info_rank0("The layers of both towers are compiled; the first step takes a minute or two longer.")
