@@ -6,16 +6,17 @@ Put here by `qwen-merge overlay apply llamafactory`; imports nothing from the ki
 import os
 import sys
 from collections import Counter
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch.distributed as dist
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ...extras import logging
+from .qwen_merge_memory import checkpoint_layers
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, TrainingArguments
+    from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
     from ...hparams import FinetuningArguments
 
@@ -124,21 +125,36 @@ def check_training(model: "PreTrainedModel", finetuning_args: "FinetuningArgumen
         )
 
 
-def prepare_training(model: "PreTrainedModel", args: "TrainingArguments") -> None:
-    r"""What this architecture can do in a fine-tuning run, settled before Trainer reads its arguments.
+def prepare_training(
+    model: "PreTrainedModel",
+    args: "TrainingArguments",
+    train_dataset: Any = None,
+    callbacks: Optional[list["TrainerCallback"]] = None,
+    **kwargs,
+) -> None:
+    r"""What this architecture can do in a fine-tuning run, settled before Trainer reads its arguments, which these are.
 
-    The loss is taken without logits of all positions: SFT reads no others. `torch_compile: true` compiles layer by
-    layer: two graphs for the vision tower, one for the LLM's layers. Trainer's own way compiles the model as a whole,
-    which breaks at every picture and begins anew for every length. Called when it is settled what trains.
+    The loss is taken without logits of all positions: SFT reads no others. Of packed samples as many layers keep their
+    activations as fit into the memory (`qwen_merge_memory`). `torch_compile: true` compiles layer by layer: two graphs
+    for the vision tower, one for the LLM's layers. Trainer's own way compiles the model as a whole, which breaks at
+    every picture and begins anew for every length. Called when it is settled what trains.
     """
     if getattr(model.config, "model_type", None) != "qwen2_5_vl_merge":
         return
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     base.loss_without_logits = True
-    if not args.torch_compile:
-        return
+    try:
+        callback = checkpoint_layers(base, getattr(train_dataset, "is_packed", False))
+    except ValueError as error:
+        _stop(str(error))
+    if callback is not None:
+        callbacks.append(callback)
+    if args.torch_compile:
+        _compile_layers(base, args)
 
+
+def _compile_layers(model: "PreTrainedModel", args: "TrainingArguments") -> None:
     args.torch_compile = False
     for name in [name for name in os.environ if name.startswith("ACCELERATE_DYNAMO_")]:
         del os.environ[name]
@@ -148,7 +164,7 @@ def prepare_training(model: "PreTrainedModel", args: "TrainingArguments") -> Non
         return
 
     options = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode, "dynamic": True}
-    base.compile_blocks(**{name: value for name, value in options.items() if value is not None})
+    model.compile_blocks(**{name: value for name, value in options.items() if value is not None})
     logger.info_rank0("The layers of both towers are compiled; the first step takes a minute or two longer.")
 
 

@@ -14,7 +14,7 @@ import sys
 from copy import copy
 from dataclasses import dataclass
 from io import BytesIO
-from typing import TYPE_CHECKING, Any, Callable, Iterator, Optional
+from typing import TYPE_CHECKING, Any, Callable, ClassVar, Iterator, Optional
 
 import numpy as np
 import torch
@@ -137,6 +137,7 @@ class PackedDataset(TorchDataset):
     row: np.ndarray
     plan: Plan
     sampler: PlanSampler
+    is_packed: ClassVar[bool] = True
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -158,6 +159,7 @@ class StreamedPacks(IterableDataset):
     capacity: int
     group: int
     seed: int
+    is_packed: ClassVar[bool] = True
 
     def set_epoch(self, epoch: int) -> None:
         self.rows.set_epoch(epoch)

@@ -1,0 +1,61 @@
+"""How many of the LLM's layers keep their activations: the choice, and that it changes nothing but memory."""
+
+import pytest
+import torch
+
+from packing import SAMPLES, alone, distance, gradients, packed
+from qwen_merge.architecture.modeling_qwen2_5_vl_merge import Qwen2_5_VL_MergeForConditionalGeneration
+
+BY_HAND = "QWEN_MERGE_CHECKPOINT_LAYERS"
+
+
+@pytest.fixture
+def model(tied):
+    model = Qwen2_5_VL_MergeForConditionalGeneration.from_pretrained(tied.merged, attn_implementation="sdpa")
+    for name, parameter in model.named_parameters():  # stage 1: frozen layers have activations to save, too
+        parameter.requires_grad_("merger" in name)
+    return model.train()
+
+
+@pytest.mark.parametrize(
+    ("spare", "expected"),
+    [(-1, 0), (0, 1), (99, 1), (350, 4), (10_000, 36)],
+)
+def test_as_many_layers_go_without_as_there_is_room_for(spare, expected):
+    from llamafactory.model.model_utils.qwen_merge_memory import plain_layers
+
+    assert plain_layers(spare, 100, 36) == expected
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_number_set_by_hand_is_taken_and_the_gradients_stay(model, number, monkeypatch):
+    from llamafactory.model.model_utils.qwen_merge_memory import checkpoint_layers
+
+    row = packed([alone(model, seed, *sample) for seed, sample in enumerate(SAMPLES)])
+    expected = gradients(model, model(**row, use_cache=False).loss)
+    monkeypatch.setenv(BY_HAND, str(number))
+    assert checkpoint_layers(model, is_packed=True) is None
+    runs = [0] * len(model.model.language_model.layers)
+    for index, layer in enumerate(model.model.language_model.layers):
+        layer.self_attn.register_forward_hook(lambda *_, index=index: runs.__setitem__(index, runs[index] + 1))
+    assert distance(gradients(model, model(**row, use_cache=False).loss), expected) < 1e-6
+    assert runs == [1] * (len(runs) - number) + [2] * number
+
+
+@pytest.mark.parametrize("value", ["", "-1", "half", "3"])
+def test_no_number_of_layers_is_refused(model, value, monkeypatch):
+    from llamafactory.model.model_utils.qwen_merge_memory import checkpoint_layers
+
+    monkeypatch.setenv(BY_HAND, value)
+    with pytest.raises(ValueError, match=f"{BY_HAND} is '{value}'; expected a number of layers, 0 to 2"):
+        checkpoint_layers(model, is_packed=True)
+
+
+def test_nothing_is_chosen_without_packs_or_without_a_gpu(model):
+    from llamafactory.model.model_utils.qwen_merge_memory import checkpoint_layers
+
+    model.gradient_checkpointing_enable()
+    before = [layer._gradient_checkpointing_func for layer in model.model.language_model.layers]
+    assert checkpoint_layers(model, is_packed=False) is None
+    assert checkpoint_layers(model, is_packed=True) is None or torch.cuda.is_available()
+    assert [layer._gradient_checkpointing_func for layer in model.model.language_model.layers] == before
