@@ -1,5 +1,6 @@
 """The arithmetic of `qwen-merge bench train`, and a run of it on a CPU at tiny size."""
 
+import argparse
 import json
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 
 from qwen_merge import cli
 from qwen_merge.architecture.modeling_qwen2_5_vl_merge import Qwen2_5_VL_MergeForConditionalGeneration
+from qwen_merge.bench.command import TRAIN_CHANGES, TRAIN_RECIPES
+from qwen_merge.bench.train import AS_PLAIN, arguments_of
 from qwen_merge.bench.train_flops import Counts, Sizes, attention_flops, matrix_flops
-from qwen_merge.bench.train_worker import count
+from qwen_merge.bench.train_worker import count, upstream_tower
 
 
 @pytest.fixture
@@ -65,6 +68,29 @@ def test_batches_are_counted_without_their_padding(model):
     row = {"labels": torch.tensor([[-100, 5, 6, 7, -100, -100, 5]]), "cu_seq_lens_q": torch.tensor([0, 4, 7])}
     packed = count(row, model.model.visual)
     assert (packed.samples, packed.tokens, packed.places, packed.squares) == (2, 7, 7, 25)
+
+
+def test_a_change_is_taken_out_of_the_fast_recipe_and_nothing_else(tmp_path):
+    options = argparse.Namespace(size="4B", stage="2", steps=1, warm_up=1, device="cuda", cards=1, set=[])
+    found = {recipe: arguments_of(recipe, options, tmp_path) for recipe in TRAIN_RECIPES}
+    same = {"cache_dir", "output_dir"}  # of each run
+    fast = found["fast"]
+    for change in TRAIN_CHANGES:
+        other = found[f"fast-{change}"]
+        names = {name for name in fast.keys() | other.keys() if fast.get(name) != other.get(name)} - same
+        assert names == set(AS_PLAIN.get(change, ()))
+        assert all(other.get(name) == found["plain"].get(name) for name in names)
+
+
+def test_the_upstream_tower_gives_the_same_features(model):
+    tower, grids = model.model.visual.eval(), torch.tensor([[1, 8, 10], [1, 18, 4]])
+    patches = torch.randn(152, 1176, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours = tower(patches, grids)
+        upstream_tower(tower)
+        assert torch.allclose(tower(patches, grids), ours, atol=1e-5)
+    assert "forward" in vars(tower)  # it is another function
+    assert type(tower.blocks[0]).__module__ == "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl"
 
 
 @pytest.mark.slow

@@ -1,12 +1,16 @@
 """Training speed through LLaMA-Factory, recipe against recipe: `qwen-merge bench train`.
 
     qwen-merge bench train --size 4B --stage 2                 # on a GPU: stock and fast recipe, one after the other
+    qwen-merge bench train --recipe fast fast-packing          # the fast recipe, and what it is without its packing
     qwen-merge bench train --size tiny --stage 1 --device cpu  # shows that it runs
 
 The model has the real sizes and random weights, the data are made by program: JPEG pictures and texts as long as those
 of the stage's sets. Each recipe trains in a process of its own, on the same samples, through LLaMA-Factory's own code
 (`train_worker`). On one card optimizer states are bfloat16 (`pure_bf16`), without DeepSpeed. Utilisation is counted as
 `train_flops` says.
+
+`plain` and `fast` are the recipes as this kit runs them; `stock` is the plain one with transformers' own vision blocks
+and logits for all positions, as the original trains.
 """
 
 import argparse
@@ -22,13 +26,19 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from qwen_merge.bench.command import TRAIN_RECIPES
 from qwen_merge.bench.data import CAPTION, photograph
 from qwen_merge.bench.train_flops import PEAK
 from qwen_merge.errors import UserError
 
 EXAMPLES = Path(__file__).parents[3] / "examples/train_qwen_merge"
 STAGE_FILES = {"1": "1", "2": "2.1", "3": "3"}
-RECIPES = ("stock", "fast")
+# What `fast-NAME` sets as in the plain recipe; the other names of TRAIN_CHANGES are settings of the worker.
+AS_PLAIN = {
+    "packing": ("neat_packing", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    "compile": ("torch_compile",),
+    "optimizer": ("optim",),
+}
 WORDS = tuple(CAPTION.split())
 
 # Sides of the pictures, the share of samples with one, and the median and spread (of the logarithm) of words a text.
@@ -116,11 +126,17 @@ def arguments_of(recipe: str, options: argparse.Namespace, work: Path) -> dict[s
     import yaml
 
     size = "4B" if options.size == "tiny" else options.size
-    suffix = "_fast" if recipe == "fast" else ""
-    path = EXAMPLES / f"train_qwen_merge_vl_{size}_stage{STAGE_FILES[options.stage]}{suffix}.yaml"
-    if not path.is_file():
-        raise UserError(f"{path} is not there: the benchmark runs the recipes of a checkout. Run it from one.")
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+
+    def read(suffix: str) -> dict[str, Any]:
+        path = EXAMPLES / f"train_qwen_merge_vl_{size}_stage{STAGE_FILES[options.stage]}{suffix}.yaml"
+        if not path.is_file():
+            raise UserError(f"{path} is not there: the benchmark runs the recipes of a checkout. Run it from one.")
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+    values, (_, _, left_out) = read("_fast" if recipe.startswith("fast") else ""), recipe.partition("-")
+    for name in AS_PLAIN.get(left_out, ()):
+        del values[name]
+        values.update({key: value for key, value in read("").items() if key == name})
     values.update(
         model_name_or_path=str(work / "model"),
         train_from_scratch=True,
@@ -141,7 +157,6 @@ def arguments_of(recipe: str, options: argparse.Namespace, work: Path) -> dict[s
         values.update(use_cpu=True, bf16=False, deepspeed=None, cutoff_len=512, per_device_train_batch_size=2)
         values.update(gradient_accumulation_steps=1, dataloader_num_workers=0)
         values.pop("torch_compile", None)
-        values.pop("enable_liger_kernel", None)
     elif options.cards == 1:
         values.update(deepspeed=None, pure_bf16=True)
     for text in options.set:
@@ -158,7 +173,9 @@ def measure(recipe: str, options: argparse.Namespace, work: Path) -> dict:
     """
     job, output, log = work / f"{recipe}.json", work / f"{recipe}-figures.json", work / f"{recipe}.log"
     content = {"arguments": arguments_of(recipe, options, work), "device": options.device, "output": str(output)}
-    job.write_text(json.dumps({**content, "warm_up": options.warm_up}), encoding="utf-8")
+    upstream = ["tower", "loss"] if recipe == "stock" else [recipe.partition("-")[2]]
+    content |= {"warm_up": options.warm_up, "upstream": upstream}
+    job.write_text(json.dumps(content), encoding="utf-8")
     command = [sys.executable, "-m", "qwen_merge.bench.train_worker", str(job)]
     if options.cards > 1:
         launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={options.cards}"]
@@ -191,7 +208,7 @@ def summary(figures: dict) -> dict:
 
 
 def run(options: argparse.Namespace) -> int:
-    recipes = [recipe for recipe in RECIPES if recipe in options.recipe]
+    recipes = [recipe for recipe in TRAIN_RECIPES if recipe in options.recipe]
     content: dict[str, Any] = {"size": options.size, "stage": options.stage, "cards": options.cards}
     with tempfile.TemporaryDirectory(prefix="qwen-merge-bench-", dir=options.work_dir) as folder:
         work = Path(folder)
@@ -201,17 +218,23 @@ def run(options: argparse.Namespace) -> int:
             figures = measure(recipe, options, work)
             content[recipe] = figures
             if "out_of_memory" in figures:
-                print(f"{recipe:6} out of memory")
+                print(f"{recipe:18} out of memory")
                 continue
             show(recipe, figures)
-    if all(recipe in content and "counts" in content[recipe] for recipe in RECIPES):
-        stock, fast = (summary(content[recipe])["tokens_per_second"] for recipe in RECIPES)
-        print(f"fast / stock, real tokens a second: {fast / stock:.2f}")
+    rates = {recipe: summary(content[recipe])["tokens_per_second"] for recipe in measured(content)}
+    for recipe in ("stock", "plain"):
+        if recipe in rates and "fast" in rates:
+            print(f"fast / {recipe}, real tokens a second: {rates['fast'] / rates[recipe]:.2f}")
     if options.json:
         options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if options.png:
         draw(content, options.png)
     return 0
+
+
+def measured(content: dict) -> list[str]:
+    """The recipes that ran and did not run out of memory."""
+    return [recipe for recipe in TRAIN_RECIPES if "counts" in content.get(recipe, {})]
 
 
 def show(recipe: str, figures: dict) -> None:
@@ -221,11 +244,12 @@ def show(recipe: str, figures: dict) -> None:
     else:
         utilisation = f"{rates['utilisation']:.1%} of peak ({rates['with_attention']:.1%} with attention)"
     print(
-        f"{recipe:6} {rates['tokens_per_second']:9,.0f} real tokens/s  {rates['samples_per_second']:7.1f} samples/s  "
+        f"{recipe:18} {rates['tokens_per_second']:9,.0f} real tokens/s  {rates['samples_per_second']:7.1f} samples/s  "
         f"{utilisation}  padding {rates['padding']:.1%}  {rates['seconds_a_step']:.3f} s a step  "
-        f"{rates['peak_gib']:.1f} GiB   {figures['device']}, torch {figures['torch']}, {figures['attention']}"
+        f"{rates['peak_gib']:.1f} GiB  {figures['checkpointed_layers']} of {figures['layers']} layers checkpointed   "
+        f"{figures['device']}, torch {figures['torch']}, {figures['attention']}"
     )
-    print("       " + "  ".join(f"{name} {share:.1%}" for name, share in rates["parts"].items()))
+    print(" " * 19 + "  ".join(f"{name} {share:.1%}" for name, share in rates["parts"].items()))
 
 
 def draw(content: dict, path: Path) -> None:
@@ -235,8 +259,8 @@ def draw(content: dict, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 2.6), layout="constrained")
-    for row, recipe in enumerate(recipe for recipe in RECIPES if "counts" in content.get(recipe, {})):
+    figure, axes = pyplot.subplots(figsize=(7, 1.6 + 0.5 * len(measured(content))), layout="constrained")
+    for row, recipe in enumerate(measured(content)):
         rates, left = summary(content[recipe]), 0.0
         scale = 1e6 / rates["tokens_per_second"]
         for number, (name, share) in enumerate(rates["parts"].items()):

@@ -4,15 +4,18 @@
 
 LLaMA-Factory's own `run_exp` trains, with one callback more. Two things are not as in `llamafactory-cli train`: weights
 are drawn where the model lives instead of read from the disk, and nothing is saved. Marks are CUDA events, so that
-measuring waits for nothing; on a CPU they are times.
+measuring waits for nothing; on a CPU they are times. `upstream` in the job names what is done as transformers does it:
+the "tower", the "loss"; "checkpointing" of all layers.
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 from qwen_merge.bench.train_flops import Counts, Sizes, attention_flops, matrix_flops
@@ -52,12 +55,14 @@ def make_meter(job: dict):
             self.batches: list[list[dict]] = []  # counted at the end, so that nothing waits for the device
 
         def on_train_begin(self, args, state, control, model=None, **kwargs):
+            if "loss" in job["upstream"]:
+                model.loss_without_logits = False
             self.sizes = Sizes.of(model)
             model.register_forward_pre_hook(self.before, with_kwargs=True)
             model.model.visual.register_forward_hook(lambda *_: self.note("vision"))
             model.model.language_model.register_forward_hook(lambda *_: self.note("LLM"))
             model.register_forward_hook(lambda *_: self.note("loss"))
-            self.tower, self.config = model.model.visual, model.config
+            self.tower, self.config, self.layers = model.model.visual, model.config, model.model.language_model.layers
 
         def note(self, name: str) -> None:
             self.marks[-1].append((name, self.clock.mark()))
@@ -108,6 +113,8 @@ def make_meter(job: dict):
                 "attention_flops": attention_flops(self.sizes, total),
                 "peak_bytes": peak,
                 "attention": self.config._attn_implementation,
+                "checkpointed_layers": sum(layer.gradient_checkpointing for layer in self.layers),
+                "layers": len(self.layers),
             }
 
     return Meter()
@@ -138,8 +145,18 @@ def count(inputs: dict, tower) -> Counts:
     )
 
 
-def drawn_on(device: str, load: Callable) -> Callable:
+def upstream_tower(tower) -> None:
+    """The vision tower as transformers has it: masks over all patches of a batch. The parameters are the same."""
+    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as upstream
+
+    for block in tower.blocks:
+        block.__class__ = upstream.Qwen2_5_VLVisionBlock
+    tower.forward = MethodType(upstream.Qwen2_5_VisionTransformerPretrainedModel.forward, tower)
+
+
+def drawn_on(job: dict, load: Callable) -> Callable:
     """LLaMA-Factory's `load_model`, whose `train_from_scratch` builds and draws on the CPU: here on the device."""
+    device = job["device"]
 
     def load_model(*arguments, **options):
         import torch
@@ -155,6 +172,8 @@ def drawn_on(device: str, load: Callable) -> Callable:
                 else:
                     parameter.fill_(float("norm" in name or "ln_q" in name))
         model.tie_weights()
+        if "tower" in job["upstream"]:
+            upstream_tower(model.model.visual)
         return model
 
     return load_model
@@ -166,7 +185,10 @@ def main() -> int:
     from llamafactory.train.tuner import run_exp
     from transformers import Trainer
 
-    workflow.load_model = drawn_on(job["device"], workflow.load_model)
+    workflow.load_model = drawn_on(job, workflow.load_model)
+    if "checkpointing" in job["upstream"]:
+        config = json.loads(Path(job["arguments"]["model_name_or_path"], "config.json").read_text())
+        os.environ["QWEN_MERGE_CHECKPOINT_LAYERS"] = str(config["num_hidden_layers"])
     for name in ("save_model", "save_state", "_save_checkpoint"):
         setattr(Trainer, name, lambda *_, **__: None)
     meter = make_meter(job)

@@ -128,8 +128,8 @@ def check_training(model: "PreTrainedModel", finetuning_args: "FinetuningArgumen
 def prepare_training(
     model: "PreTrainedModel",
     args: "TrainingArguments",
+    callbacks: list["TrainerCallback"],
     train_dataset: Any = None,
-    callbacks: Optional[list["TrainerCallback"]] = None,
     **kwargs,
 ) -> None:
     r"""What this architecture can do in a fine-tuning run, settled before Trainer reads its arguments, which these are.
