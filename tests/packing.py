@@ -53,3 +53,25 @@ def distance(one: dict, other: dict) -> float:
     """The largest difference of a gradient, in units of that gradient."""
     assert one.keys() == other.keys()
     return max(float((one[name] - other[name]).norm() / other[name].norm().clamp(min=1e-3)) for name in one)
+
+
+def trajectory(model, steps: int = 50) -> torch.Tensor:
+    """The losses of a training on five rows of samples in turns, (steps,)."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    samples = [[alone(model, 100 * row + i, *sample) for i, sample in enumerate(SAMPLES)] for row in range(5)]
+    rows = [{n: x.to(model.device) if torch.is_tensor(x) else x for n, x in packed(row).items()} for row in samples]
+    found = []
+    for step in range(steps):
+        row = rows[step % len(rows)]
+        loss = model(**row, use_cache=False).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append(loss.item())
+    return torch.tensor(found)
+
+
+def apart(losses: torch.Tensor, others: torch.Tensor) -> float:
+    """The mean difference of two trajectories."""
+    return float((losses - others).abs().mean())

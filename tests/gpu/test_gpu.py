@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen3ForCausalLM
 
 from checkpoints import TOKEN_IDS, make_llm, make_vlm
-from packing import SAMPLES, alone, packed
+from packing import SAMPLES, alone, apart, packed, trajectory
 from packing import gradients as gradients_of
 from qwen_merge.architecture import register
 from qwen_merge.merger.merge import MergeOptions, merge
@@ -128,14 +128,75 @@ def gradients(sources):
     return model, loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def test_ligers_kernels_give_the_same_loss_and_gradients(sources):
+@pytest.fixture(scope="module")
+def plain_losses(sources):
+    """Fifty steps with logits for all positions and nothing compiled, in float32 and in bfloat16."""
+    return {dtype: trajectory(load(sources, torch_dtype=dtype).cuda()) for dtype in (torch.float32, torch.bfloat16)}
+
+
+def assert_same_way(name: str, plain_losses: dict, run) -> None:
+    """In float32 as good as equal, in bfloat16 not farther from float32 than the plain path is."""
+    exact = plain_losses[torch.float32]
+    assert exact[-5:].mean() < exact[:5].mean() - 0.2  # it learns
+    apart32, apart16 = apart(run(torch.float32), exact), apart(run(torch.bfloat16), exact)
+    plain16 = apart(plain_losses[torch.bfloat16], exact)
+    print(f"{name}: losses off by {apart32:.1e} in float32, {apart16:.1e} in bfloat16 (plain path {plain16:.1e})")
+    assert apart32 < 1e-4
+    assert apart16 < 1.5 * plain16
+
+
+def test_fifty_compiled_steps_without_logits_go_the_same_way(sources, plain_losses):
+    def run(dtype: torch.dtype) -> torch.Tensor:
+        model = load(sources, torch_dtype=dtype).cuda()
+        model.loss_without_logits = True
+        model.compile_blocks(dynamic=True)
+        return trajectory(model)
+
+    assert_same_way("compiled", plain_losses, run)
+
+
+def test_activations_are_kept_where_a_measured_step_leaves_room(sources, monkeypatch, caplog):
+    module = pytest.importorskip("llamafactory.model.model_utils.qwen_merge_memory")
+    row = {"input_ids": torch.randint(0, 300, (1, 4000)).cuda()}
+    row["labels"] = row["input_ids"]
+    total = torch.cuda.mem_get_info()[1]
+
+    def chosen(room: int) -> int:
+        model = load(sources).cuda().train()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        callback = module.checkpoint_layers(model, is_packed=True)
+        layers = model.model.language_model.layers
+        for step in range(3):
+            callback.on_step_begin()
+            if step == 2:
+                return sum(layer.gradient_checkpointing for layer in layers)
+            model(**row, use_cache=False).loss.backward()
+            # Other processes take what is too much.
+            foreign = int((1 - module.KEPT_FREE) * total) - torch.cuda.max_memory_allocated() - room
+            free = total - foreign - torch.cuda.memory_reserved()
+            monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, total))
+            callback.on_pre_optimizer_step()
+            monkeypatch.undo()
+        raise AssertionError
+
+    assert chosen(room=10 * 2**30) == 0
+    assert chosen(room=0) == 1  # of two, the first goes without, as when it was measured
+    assert chosen(room=-(2**20)) == 2
+
+
+def from_overlay(name: str):
+    """A file of the LLaMA-Factory overlay, without LLaMA-Factory."""
+    files = Path(__file__).parents[2] / "src/qwen_merge/overlays/llamafactory/files"
+    spec = importlib.util.spec_from_file_location(name, files / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_ligers_kernels_give_the_same_loss_and_gradients(sources, plain_losses):
     """Last: it changes transformers' classes for the rest of the process."""
     _, loss, plain = gradients(sources)
-    files = Path(__file__).parents[2] / "src/qwen_merge/overlays/llamafactory/files"
-    spec = importlib.util.spec_from_file_location("qwen_merge_liger", files / "qwen_merge_liger.py")
-    module = sys.modules["qwen_merge_liger"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.apply_liger_kernel_to_qwen2_5_vl_merge()
+    from_overlay("qwen_merge_liger").apply_liger_kernel_to_qwen2_5_vl_merge()
     model, liger_loss, liger = gradients(sources)
     names = {type(m).__name__ for m in model.modules()}
     assert {"LigerRMSNorm", "LigerSwiGLUMLP"} <= names, names
@@ -145,3 +206,4 @@ def test_ligers_kernels_give_the_same_loss_and_gradients(sources):
     assert abs(loss - liger_loss) < 1e-4
     assert worst < 1e-3
     assert TOKEN_IDS["<|image_pad|>"] == model.config.image_token_id
+    assert_same_way("Liger", plain_losses, lambda dtype: trajectory(load(sources, torch_dtype=dtype).cuda()))

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from packing import SAMPLES, alone, distance, gradients, packed
+from packing import SAMPLES, alone, apart, distance, gradients, packed, trajectory
 from qwen_merge.architecture.modeling_qwen2_5_vl_merge import Qwen2_5_VL_MergeForConditionalGeneration
 
 
@@ -96,3 +96,29 @@ def test_attention_that_knows_no_offsets_is_refused(tied, expected):
 def test_attentions_are_still_given_on_demand(model, expected):
     attentions = model(**expected[0][0], output_attentions=True).attentions
     assert attentions[0].shape[1] == model.config.num_attention_heads
+
+
+@pytest.mark.slow
+def test_fifty_steps_without_logits_go_the_way_of_those_with_them(tied):
+    """In float32 step by step, in bfloat16 no farther from float32 than with logits."""
+
+    def losses(dtype: str, parts: bool, steps: int = 50, **changes) -> torch.Tensor:
+        model = Qwen2_5_VL_MergeForConditionalGeneration.from_pretrained(
+            tied.merged, torch_dtype=dtype, attn_implementation="sdpa"
+        )
+        model.loss_without_logits = parts
+        model.lm_head.positions_at_once = 7  # of 34
+        for name, value in changes.items():
+            setattr(model.lm_head, name, value)
+        return trajectory(model, steps)
+
+    exact = losses("float32", parts=False)
+    assert exact[-5:].mean() < exact[:5].mean() - 0.2  # it learns
+    assert apart(losses("float32", parts=True), exact) < 1e-5
+    plain, fused = (apart(losses("bfloat16", parts), exact) for parts in (False, True))
+    assert fused < 1.3 * plain
+
+    def other_mean(weight, hidden_states, targets):  # the control: a mean of parts' means would weigh 6 like 7
+        return torch.nn.functional.cross_entropy(hidden_states @ weight.T, targets) * 34 / 5
+
+    assert apart(losses("float32", parts=True, steps=10, summed_loss=other_mean), exact[:10]) > 1e-3
