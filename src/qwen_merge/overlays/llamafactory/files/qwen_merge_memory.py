@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 BY_HAND = "QWEN_MERGE_CHECKPOINT_LAYERS"
-KEPT_FREE = 0.06  # of a GPU's memory: packs with more patches than the measured ones, and holes between tensors
+KEPT_FREE = 0.08  # of a GPU's memory: packs with more patches than the measured ones, and holes between tensors
 
 
 def checkpoint_layers(model: "PreTrainedModel", is_packed: bool) -> Optional["TrainerCallback"]:
@@ -111,6 +111,7 @@ class MeasuredCheckpointing(TrainerCallback):
             dist.all_reduce(smallest, dist.ReduceOp.MIN)
             number = int(smallest)
         set_checkpointed(self.layers, len(self.layers) - number)
+        torch.cuda.empty_cache()  # blocks cut for the activations of checkpointed layers
         gib = 2**30
         logger.info_rank0(
             f"Activation checkpointing: {len(self.layers) - number} of {len(self.layers)} layers. With all but one a "
