@@ -185,7 +185,8 @@ def measure(recipe: str, options: argparse.Namespace, work: Path) -> dict:
     if code or not output.is_file():
         text = log.read_text(errors="replace")
         if "out of memory" in text:
-            return {"out_of_memory": True}
+            words = ("Activation checkpointing:", "OutOfMemoryError:")
+            return {"out_of_memory": [line for line in text.splitlines() if any(word in line for word in words)]}
         raise UserError(f"the {recipe} recipe failed:\n{text[-3000:]}")
     return json.loads(output.read_text())
 
@@ -218,7 +219,7 @@ def run(options: argparse.Namespace) -> int:
             figures = measure(recipe, options, work)
             content[recipe] = figures
             if "out_of_memory" in figures:
-                print(f"{recipe:18} out of memory")
+                print(f"{recipe:18} out of memory", *figures["out_of_memory"], sep="\n    ")
                 continue
             show(recipe, figures)
     rates = {recipe: summary(content[recipe])["tokens_per_second"] for recipe in measured(content)}
