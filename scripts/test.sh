@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All checks: style, types, tests. Makes .venv first when it is missing.
 #
-#   ./scripts/test.sh                      everything that needs no GPU (about 25 minutes on 2 cores)
+#   ./scripts/test.sh                      everything that needs no GPU (about 40 minutes on 2 cores)
 #   ./scripts/test.sh -m 'not slow'        without the tests that start real trainers
 #   ./scripts/test.sh tests/unit -k merger any other arguments of pytest
 set -euo pipefail
