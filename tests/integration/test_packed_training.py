@@ -1,5 +1,6 @@
 """Packing through LLaMA-Factory: the steps of an unpacked run, exact to resume, complete over ranks and in streams."""
 
+import json
 import shutil
 from itertools import chain
 
@@ -12,7 +13,7 @@ from torch.utils.data import BatchSampler
 
 from qwen_merge.data import check_recipe
 from qwen_merge.data.schema import Record
-from record_sets import picture, records, settings, turns, write_set
+from record_sets import enlist, picture, records, settings, turns, write_set
 from training import losses, recipe, train
 
 pytestmark = pytest.mark.slow
@@ -53,6 +54,18 @@ def loaded(folder, model, dataset: str, **values) -> dict:
     return get_dataset(template, *parts, "sft", tokenizer=tokenizer, processor=processor)["train_dataset"]
 
 
+def collator(folder, model):
+    from llamafactory.data import SFTDataCollatorWith4DAttentionMask
+    from transformers import AutoModelForImageTextToText
+
+    arguments, problems = check_recipe.parse(settings(folder, model, "mixed", bf16=False))
+    assert arguments is not None, problems
+    tokenizer, processor, template = check_recipe.load(arguments)
+    loaded_model = AutoModelForImageTextToText.from_pretrained(model)
+    parts = {"template": template, "tokenizer": tokenizer, "processor": processor}
+    return SFTDataCollatorWith4DAttentionMask(model=loaded_model, label_pad_token_id=-100, **parts)
+
+
 def lengths(pack: dict) -> list[int]:
     return [len(feature["input_ids"]) for feature in pack["pack"]]
 
@@ -77,6 +90,45 @@ def test_every_sample_once_as_llama_factory_tokenises_it_and_no_copy_of_its_pict
     pictures = sum(len(image["bytes"]) for images in plain["images"] for image in images or [])
     assert cached(tmp_path / "packed") < 0.1 * pictures
     assert cached(tmp_path / "plain") > pictures  # the control
+
+
+def write_videos(folder) -> None:
+    """Rows with one video each, or with none: 2 to 6 frames, which LLaMA-Factory reads from files."""
+    import av
+    from PIL import Image
+
+    rows = []
+    for number in range(9):
+        row = {"messages": turns(f"Number {number}?", "Red. " * (1 + number)), "videos": []}
+        if number % 3:
+            path = folder / f"{number}.avi"
+            with av.open(str(path), "w") as container:
+                stream = container.add_stream("mjpeg", rate=2)
+                stream.width, stream.height, stream.pix_fmt = 56 + 28 * (number % 2), 56, "yuvj420p"
+                for frame in range(1 + number % 5 + 1):
+                    image = Image.new("RGB", (stream.width, stream.height), (40 * frame, 0, 90))
+                    container.mux(stream.encode(av.VideoFrame.from_image(image)))
+                container.mux(stream.encode(None))
+            row["messages"][0]["content"] = "<video>" + row["messages"][0]["content"]
+            row["videos"] = [str(path)]
+        rows.append(row)
+    (folder / "clips.json").write_text(json.dumps(rows))
+    enlist(folder, "clips", file_name="clips.json", columns={"messages": "messages", "videos": "videos"})
+
+
+def test_videos_are_packed_as_llama_factory_tokenises_them(data, tied):
+    from llamafactory.data.qwen_merge_packing import collate_packs
+
+    write_videos(data)
+    options = {"folder": data, "model": tied.merged, "dataset": "clips", "cutoff_len": 300}
+    packed, plain = loaded(**options), loaded(**options, neat_packing=False)
+    assert texts(packed[i] for i in range(len(packed))) == sorted(map(tuple, plain["input_ids"]))
+    batch = collate_packs(collator(data, tied.merged), [packed[i] for i in range(len(packed))])
+    config = json.loads((tied.merged / "config.json").read_text())
+    patches = int(batch["video_grid_thw"].prod(1).sum())
+    assert len(batch["pixel_values_videos"]) == patches
+    assert int((batch["input_ids"] == config["video_token_id"]).sum()) * 4 == patches
+    assert len(batch["cu_seq_lens_q"]) == 1 + 9
 
 
 def test_a_sample_whose_picture_is_cut_is_left_out_with_a_word(data, tied, caplog):
@@ -172,6 +224,41 @@ def test_another_plan_is_not_resumed(data, tied, tmp_path, caplog):
         loaded(**options, resume_from_checkpoint="checkpoint-1", seed=7)
     assert stop.value.code == 2
     assert "packed its samples otherwise" in caplog.text
+
+
+def test_two_ranks_take_the_steps_of_one_though_a_rank_has_no_picture(data, untied, tmp_path):
+    """All packs have as many labels, so that a mean over ranks is one over tokens. Some steps give a rank text only."""
+    rows = []
+    for i in range(48):
+        images = [picture(56, 56)] * (i % 3 == 0)
+        words = "".join(chr(97 + (i * 7 + k) % 26) for k in range(42 - 8 * len(images)))
+        digits = "".join(str((i + k * k) % 10) for k in range(30))  # a token each
+        rows.append(Record(turns("<image>" * len(images) + words, digits), images))
+    write_set(data, "parted", rows)
+    same = {"model": untied.merged, "data": data, "dataset": "parted", "neat_packing": "true", "cutoff_len": CAPACITY}
+    packs = loaded(data, untied.merged, "parted", cutoff_len=CAPACITY, per_device_train_batch_size=2)
+    assert [len(packs.plan.pack(i)) for i in range(len(packs))] == [2] * 24
+    labels = [sum(x != -100 for f in packs[i]["pack"] for x in f["labels"]) for i in packs.sampler]
+    assert len(set(labels)) == 1
+    pictured = [any(f["images"] for f in packs[i]["pack"]) for i in packs.sampler]
+    assert {True, False} <= {a != b for a, b in zip(pictured[::2], pictured[1::2], strict=True)}
+    same |= {"max_steps": 12, "seed": 42, "optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant"}
+    stage = recipe("8B", "2.1")
+    train(stage, output=tmp_path / "one", per_device_train_batch_size=2, **same)
+    two = {"processes": 2, "ddp_backend": "gloo", "per_device_train_batch_size": 1}
+    train(stage, output=tmp_path / "two", **two, **same)
+    base, one, other = weights(untied.merged), weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert distance(one, other, base) < 1e-4
+    train(stage, output=tmp_path / "half", per_device_train_batch_size=1, **same)  # the control: half a step's packs
+    assert distance(one, weights(tmp_path / "half"), base) > 1e-2
+
+
+def test_lora_begins_with_the_loss_of_the_model(twice):
+    folder, arguments = twice
+    lora = {"finetuning_type": "lora", "lora_target": "q_proj,v_proj", "freeze_vision_tower": "true", "max_steps": 2}
+    train(recipe("8B", "2.1"), output=folder / "lora", **{**arguments, **lora})
+    assert losses(folder / "lora")[0] == pytest.approx(losses(folder / "packed")[0], abs=2e-4)
+    assert (folder / "lora/adapter_model.safetensors").is_file()
 
 
 def test_compiled_layers_train_alike(twice):
