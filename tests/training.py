@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from checkpoints import write_json
 
 REPOSITORY = Path(__file__).parents[1]
 RECIPES = REPOSITORY / "examples/train_qwen_merge"
+PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 LAUNCH_TIMEOUT = 420  # seconds; a launch takes 40 to 110, most of it imports
 
 # What stands between a recipe and a tiny model on a CPU; everything else is the recipe's.
@@ -75,8 +77,9 @@ def make_data(folder: Path, rows: int = 24) -> Path:
 
 def command(recipe: Path, *, model: Path, output: Path, data: Path, **overrides) -> list[str]:
     values = {"model_name_or_path": model, "output_dir": output, "dataset_dir": data, **ON_CPU, **overrides}
-    cli = Path(sys.executable).with_name("llamafactory-cli")
-    return [str(cli), "train", str(recipe), *(f"{key}={value}" for key, value in values.items())]
+    cli = shutil.which("llamafactory-cli", path=PATH)
+    assert cli is not None, f"no llamafactory-cli in {PATH}"
+    return [cli, "train", str(recipe), *(f"{key}={value}" for key, value in values.items())]
 
 
 # What `data check` sets for its own process, which in the tests is the one that everything is launched from.
@@ -86,8 +89,8 @@ SILENCED = ("LLAMAFACTORY_VERBOSITY", "TRANSFORMERS_VERBOSITY")
 def environment(data: Path, processes: int = 1, **variables: str) -> dict[str, str]:
     result = {
         **{name: value for name, value in os.environ.items() if name not in SILENCED},
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # llamafactory-cli starts torchrun by name
-        "PYTHONPATH": str(REPOSITORY / "src"),
+        "PATH": PATH,  # llamafactory-cli starts torchrun by name
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY / "src"), os.environ.get("PYTHONPATH", "")]),
         "HF_HOME": str(data / "hf_home"),
         # DeepSpeed builds a small extension. In the shared cache a build that was killed leaves a lock for ever.
         "TORCH_EXTENSIONS_DIR": str(data / "extensions"),

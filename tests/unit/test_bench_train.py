@@ -11,6 +11,8 @@ from qwen_merge.architecture.modeling_qwen2_5_vl_merge import Qwen2_5_VL_MergeFo
 from qwen_merge.bench.command import TRAIN_CHANGES, TRAIN_RECIPES
 from qwen_merge.bench.train import AS_PLAIN, arguments_of
 from qwen_merge.bench.train_flops import Counts, Sizes, attention_flops, matrix_flops
+from qwen_merge.bench.train_profile import shares
+from qwen_merge.bench.train_report import summary
 from qwen_merge.bench.train_worker import count, upstream_tower
 
 
@@ -71,7 +73,7 @@ def test_batches_are_counted_without_their_padding(model):
 
 
 def test_a_change_is_taken_out_of_the_fast_recipe_and_nothing_else(tmp_path):
-    options = argparse.Namespace(size="4B", stage="2", steps=1, warm_up=1, device="cuda", cards=1, set=[])
+    options = argparse.Namespace(size="4B", stage="2", steps=1, warm_up=1, device="cuda", cards=[1], set=[], zero=None)
     found = {recipe: arguments_of(recipe, options, tmp_path) for recipe in TRAIN_RECIPES}
     same = {"cache_dir", "output_dir"}  # of each run
     fast = found["fast"]
@@ -93,13 +95,91 @@ def test_the_upstream_tower_gives_the_same_features(model):
     assert type(tower.blocks[0]).__module__ == "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl"
 
 
+def figures(tokens: list[int], seconds: list[float], work: float) -> dict:
+    """Of one rank, as its worker writes them."""
+    counts = dict.fromkeys(vars(Counts()), 0) | {"samples": 10, "tokens": sum(tokens), "places": 2 * sum(tokens)}
+    return {
+        "device": "NVIDIA H200",
+        "torch": "2.11.0",
+        "attention": "sdpa",
+        "step_tokens": tokens,
+        "step_seconds": seconds,
+        "counts": counts,
+        "parts": {"waiting": 0.5, "backward": 2.5},
+        "matrix_flops": 989e12,
+        "attention_flops": 98.9e12,
+        "peak_bytes": int(work * 2**30),
+        "checkpointed_layers": 0,
+        "layers": 36,
+        "profile": {"seconds": 2.0, "work": work, "collectives": 0.6, "exposed": 0.5},
+    }
+
+
+def test_ranks_are_added_up_and_the_slowest_says_how_long_a_step_takes():
+    ranks = [figures([100, 300], [1.0, 1.0], 1.5), figures([200, 100], [2.0, 0.5], 1.0)]
+    found = summary({"recipe": "fast", "cards": 2, "ranks": ranks})
+    assert found["tokens_per_second"] == (300 / 2 + 400 / 1) / 2
+    assert found["samples_per_second"] == 20 / 3
+    assert found["padding"] == 0.5
+    assert found["utilisation"] == pytest.approx(2 / 3 / 2)
+    assert found["with_attention"] == pytest.approx(2.2 / 3 / 2)
+    assert found["communication"] == 0.25
+    assert found["balance"] == 1.25 / 1.5
+    assert found["peak_gib"] == 1.5
+
+
+def test_a_table_of_several_files(tmp_path, capsys):
+    runs = [
+        {"recipe": "fast", "cards": 1, "deepspeed": "ds_z2_config.json", "ranks": [figures([100], [1.0], 1.0)]},
+        {"recipe": "stock", "cards": 1, "deepspeed": "ds_z3_config.json", "out_of_memory": ["OutOfMemoryError: …"]},
+    ]
+    pair = [figures([90], [1.0], 1.0), figures([90], [1.0], 0.9)]
+    other = [{"recipe": "fast", "cards": 2, "deepspeed": "ds_z2_config.json", "ranks": pair}]
+    for name, content in (("one", runs), ("two", other)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"size": "4B", "stage": "2", "runs": content}))
+    files = [str(tmp_path / "one.json"), str(tmp_path / "two.json")]
+    outputs = ["--markdown", str(tmp_path / "t.md"), "--png", str(tmp_path / "t.png")]
+    assert cli.main(["bench", "scaling", *files, *outputs]) == 0
+    lines = (tmp_path / "t.md").read_text().splitlines()
+    assert lines[2] == "| 4B | 2 | fast, ZeRO-2 | 1 | 100 |  | 100.0%, 110.0% |  |  | 0 of 36 | 1 GiB |"
+    assert lines[3] == "| 4B | 2 | fast, ZeRO-2 | 2 | 90 | 90.0% | 100.0%, 110.0% | 25.0% | 0.950 | 0 of 36 | 1 GiB |"
+    assert lines[4].startswith("| 4B | 2 | stock, ZeRO-3 | 1 | out of memory |")
+    assert len({line.count("|") for line in lines}) == 1
+    assert (tmp_path / "t.png").stat().st_size > 5000
+    (tmp_path / "two.json").write_text('{"runs": 3}')
+    capsys.readouterr()
+    assert cli.main(["bench", "scaling", *files]) == 2
+    assert "two.json is not what" in capsys.readouterr().err
+
+
+def test_a_trace_is_divided_into_work_and_collectives(tmp_path):
+    def event(name, begin, length, cat="kernel"):
+        return {"name": name, "cat": cat, "ts": begin * 1e6, "dur": length * 1e6}
+
+    events = [
+        event("gemm", 1, 2),
+        event("gemm", 2, 2),  # beside the first one, for a second
+        event("ncclDevKernel_AllReduce", 3, 3),  # a second of it beside the work
+        event("Memcpy", 7, 1, "gpu_memcpy"),
+        event("aten::mm", 0, 9, "cpu_op"),
+    ]
+    (tmp_path / "trace.json").write_text(json.dumps({"traceEvents": events}))
+    assert shares(tmp_path / "trace.json") == {"seconds": 7.0, "work": 4.0, "collectives": 3.0, "exposed": 2.0}
+    (tmp_path / "trace.json").write_text(json.dumps({"traceEvents": events[4:]}))
+    with pytest.raises(ValueError, match="holds no kernels"):
+        shares(tmp_path / "trace.json")
+
+
 @pytest.mark.slow
-def test_a_tiny_run_of_both_recipes(tmp_path, capsys):
-    options = ["--size", "tiny", "--stage", "1", "--device", "cpu", "--steps", "1", "--warm-up", "1", "--samples", "24"]
-    files = ["--json", str(tmp_path / "figures.json"), "--png", str(tmp_path / "parts.png")]
-    assert cli.main(["bench", "train", *options, *files]) == 0
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    assert figures["fast"]["counts"]["tokens"] == figures["fast"]["counts"]["places"]
-    assert figures["stock"]["counts"]["tokens"] < figures["stock"]["counts"]["places"]
-    assert (tmp_path / "parts.png").stat().st_size > 5000
+def test_a_tiny_run_of_both_recipes_and_one_of_two_processes(tmp_path, capsys):
+    options = ["--size", "tiny", "--stage", "1", "--device", "cpu", "--steps", "1", "--warm-up", "1", "--samples", "48"]
+    files = {cards: tmp_path / f"{cards}.json" for cards in ("1", "2")}
+    assert cli.main(["bench", "train", *options, "--json", str(files["1"]), "--png", str(tmp_path / "parts.png")]) == 0
     assert "fast / stock, real tokens a second" in capsys.readouterr().out
+    assert (tmp_path / "parts.png").stat().st_size > 5000
+    assert cli.main(["bench", "train", *options, "--recipe", "fast", "--cards", "2", "--json", str(files["2"])]) == 0
+    assert "fast, 2 cards" in capsys.readouterr().out
+    stock, fast, two = (run["ranks"] for file in files.values() for run in json.loads(file.read_text())["runs"])
+    assert stock[0]["counts"]["tokens"] < stock[0]["counts"]["places"]
+    assert all(rank["counts"]["tokens"] == rank["counts"]["places"] for rank in (*fast, *two))
+    assert two[0]["counts"] != two[1]["counts"]  # each rank has samples of its own

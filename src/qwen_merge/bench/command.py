@@ -82,7 +82,16 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     train.add_argument("--steps", type=int, default=8, help="measured steps (default: %(default)s)")
     train.add_argument("--warm-up", type=int, default=3, help="steps before them (default: %(default)s)")
     train.add_argument("--samples", type=int, default=2000, help="in the set (default: %(default)s)")
-    train.add_argument("--cards", type=int, default=1, help="GPUs of this machine (default: %(default)s)")
+    train.add_argument(
+        "--cards",
+        type=int,
+        nargs="+",
+        default=[1],
+        metavar="N",
+        help="GPUs of this machine; several numbers, or one over 1, run under torchrun and DeepSpeed (default: 1)",
+    )
+    train.add_argument("--zero", choices=["1", "2", "3"], help="another DeepSpeed file than the recipe's")
+    train.add_argument("--profiled", type=int, default=2, help="traced steps of such runs (default: %(default)s)")
     train.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="(default: %(default)s)")
     train.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="change the recipes, both of them")
     train.add_argument(
@@ -91,6 +100,17 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     train.add_argument("--json", type=Path, help="also write the figures to this file")
     train.add_argument("--png", type=Path, help="also draw where the time goes")
     train.set_defaults(run=_run_train)
+
+    scaling = benches.add_parser(
+        "scaling",
+        help="runs of bench train on several numbers of cards, as one table and one picture",
+        description="Reads what `bench train --cards 1 2 4 --json FILE` wrote: real tokens a second a card, its share "
+        "of a single card's, utilisation, the share of communication, the balance of the ranks, memory.",
+    )
+    scaling.add_argument("files", type=Path, nargs="+", metavar="FILE", help="written by `bench train --json`")
+    scaling.add_argument("--markdown", type=Path, help="also write the table to this file")
+    scaling.add_argument("--png", type=Path, help="also draw tokens a second over the number of cards")
+    scaling.set_defaults(run=_run_scaling)
 
     importing = benches.add_parser("import-time", help="wall time of `qwen-merge --help`, and what it imports")
     importing.add_argument("--repeats", type=int, default=7, help="runs; the median is reported (default: %(default)s)")
@@ -119,6 +139,12 @@ def _run_import_time(arguments: argparse.Namespace) -> int:
     from qwen_merge.bench.import_time import run
 
     return run(arguments)
+
+
+def _run_scaling(arguments: argparse.Namespace) -> int:
+    from qwen_merge.bench.train_report import compare
+
+    return compare(arguments)
 
 
 def _run_train(arguments: argparse.Namespace) -> int:

@@ -3,11 +3,13 @@
     qwen-merge bench train --size 4B --stage 2                 # on a GPU: stock and fast recipe, one after the other
     qwen-merge bench train --recipe fast fast-packing          # the fast recipe, and what it is without its packing
     qwen-merge bench train --size tiny --stage 1 --device cpu  # shows that it runs
+    qwen-merge bench train --recipe fast --cards 1 2 4         # how it scales, under the recipe's DeepSpeed file
 
 The model has the real sizes and random weights, the data are made by program: JPEG pictures and texts as long as those
 of the stage's sets. Each recipe trains in a process of its own, on the same samples, through LLaMA-Factory's own code
-(`train_worker`). On one card optimizer states are bfloat16 (`pure_bf16`), without DeepSpeed. Utilisation is counted as
-`train_flops` says.
+(`train_worker`). On one card alone optimizer states are bfloat16 (`pure_bf16`), without DeepSpeed; with several numbers
+of cards each runs under torchrun and DeepSpeed, one card too, so that like is compared with like. Utilisation is
+counted as `train_flops` says, the share of communication and the balance of the ranks as `train_profile` does.
 
 `plain` and `fast` are the recipes as this kit runs them; `stock` is the plain one with transformers' own vision blocks
 and logits for all positions, as the original trains.
@@ -19,7 +21,6 @@ import json
 import math
 import os
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,7 +29,7 @@ from typing import Any
 
 from qwen_merge.bench.command import TRAIN_RECIPES
 from qwen_merge.bench.data import CAPTION, photograph
-from qwen_merge.bench.train_flops import PEAK
+from qwen_merge.bench.train_report import draw, label, measured, show, summary
 from qwen_merge.errors import UserError
 
 EXAMPLES = Path(__file__).parents[3] / "examples/train_qwen_merge"
@@ -121,6 +122,16 @@ def make_data(folder: Path, stage: str, samples: int, shrink: int = 1) -> Path:
     return folder
 
 
+def is_launched(options: argparse.Namespace) -> bool:
+    """Whether the runs go through torchrun: several ranks, or one to compare several with."""
+    return options.cards != [1]
+
+
+def profiled(options: argparse.Namespace) -> int:
+    """How many steps are traced behind the measured ones."""
+    return options.profiled if is_launched(options) and options.device != "cpu" else 0
+
+
 def arguments_of(recipe: str, options: argparse.Namespace, work: Path) -> dict[str, Any]:
     """LLaMA-Factory's arguments: the recipe's, with what the benchmark must change."""
     import yaml
@@ -145,7 +156,7 @@ def arguments_of(recipe: str, options: argparse.Namespace, work: Path) -> dict[s
         cache_dir=str(work / "cache" / recipe),
         output_dir=str(work / "output" / recipe),
         overwrite_output_dir=True,
-        max_steps=options.steps + options.warm_up,
+        max_steps=options.warm_up + options.steps + profiled(options),
         warmup_ratio=0,
         report_to="none",
         plot_loss=False,
@@ -155,120 +166,68 @@ def arguments_of(recipe: str, options: argparse.Namespace, work: Path) -> dict[s
     )
     if options.device == "cpu":
         values.update(use_cpu=True, bf16=False, deepspeed=None, cutoff_len=512, per_device_train_batch_size=2)
-        values.update(gradient_accumulation_steps=1, dataloader_num_workers=0)
+        values.update(gradient_accumulation_steps=1, dataloader_num_workers=0, ddp_backend="gloo")
         values.pop("torch_compile", None)
-    elif options.cards == 1:
+    elif not is_launched(options):
         values.update(deepspeed=None, pure_bf16=True)
+    elif options.zero is not None:
+        values["deepspeed"] = f"examples/deepspeed/ds_z{options.zero}_config.json"
     for text in options.set:
         key, _, value = text.partition("=")
         values[key] = yaml.safe_load(value)
     return values
 
 
-def measure(recipe: str, options: argparse.Namespace, work: Path) -> dict:
-    """One run in a process of its own (torchrun for several cards).
+def measure(recipe: str, cards: int, options: argparse.Namespace, work: Path) -> dict:
+    """One run in processes of its own: `ranks`, the figures of each, or what was said when memory ran out.
 
     Raises:
         UserError: it failed; the end of its output is in the message.
     """
-    job, output, log = work / f"{recipe}.json", work / f"{recipe}-figures.json", work / f"{recipe}.log"
+    name = f"{recipe}-{cards}"
+    job, output, log = work / f"{name}.json", work / f"{name}-figures", work / f"{name}.log"
     content = {"arguments": arguments_of(recipe, options, work), "device": options.device, "output": str(output)}
     upstream = ["tower", "loss"] if recipe == "stock" else [recipe.partition("-")[2]]
     content |= {"warm_up": options.warm_up, "upstream": upstream}
+    content["profiled"] = profiled(options)
     job.write_text(json.dumps(content), encoding="utf-8")
     command = [sys.executable, "-m", "qwen_merge.bench.train_worker", str(job)]
-    if options.cards > 1:
-        launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={options.cards}"]
+    if is_launched(options):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={cards}"]
         command = [*launcher, *command[1:]]
     with log.open("wb") as stream:
         code = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, check=False).returncode
-    if code or not output.is_file():
-        text = log.read_text(errors="replace")
-        if "out of memory" in text:
-            words = ("Activation checkpointing:", "OutOfMemoryError:")
-            return {"out_of_memory": [line for line in text.splitlines() if any(word in line for word in words)]}
-        raise UserError(f"the {recipe} recipe failed:\n{text[-3000:]}")
-    return json.loads(output.read_text())
-
-
-def summary(figures: dict) -> dict:
-    """Rates of one run from what its worker wrote."""
-    seconds, counts = sum(figures["step_seconds"]), figures["counts"]
-    rates = [tokens / time for tokens, time in zip(figures["step_tokens"], figures["step_seconds"], strict=True)]
-    peak = next((flops for name, flops in PEAK.items() if name in figures["device"]), None)
-    return {
-        "tokens_per_second": statistics.median(rates),
-        "samples_per_second": counts["samples"] / seconds,
-        "padding": 1 - counts["tokens"] / counts["places"],
-        "utilisation": figures["matrix_flops"] / seconds / peak if peak else None,
-        "with_attention": (figures["matrix_flops"] + figures["attention_flops"]) / seconds / peak if peak else None,
-        "parts": {name: time / seconds for name, time in figures["parts"].items()},
-        "seconds_a_step": seconds / len(rates),
-        "peak_gib": figures["peak_bytes"] / 2**30,
-    }
+    run = {"recipe": recipe, "cards": cards, "deepspeed": content["arguments"]["deepspeed"]}
+    files = [work / f"{output.name}-{rank}.json" for rank in range(cards)]
+    if not code and all(file.is_file() for file in files):
+        return run | {"ranks": [json.loads(file.read_text()) for file in files]}
+    text = log.read_text(errors="replace")
+    if "out of memory" in text:
+        words = ("Activation checkpointing:", "OutOfMemoryError:")
+        return run | {"out_of_memory": [line for line in text.splitlines() if any(word in line for word in words)]}
+    raise UserError(f"the {recipe} recipe failed on {cards} cards:\n{text[-3000:]}")
 
 
 def run(options: argparse.Namespace) -> int:
     recipes = [recipe for recipe in TRAIN_RECIPES if recipe in options.recipe]
-    content: dict[str, Any] = {"size": options.size, "stage": options.stage, "cards": options.cards}
+    content: dict[str, Any] = {"size": options.size, "stage": options.stage, "runs": []}
     with tempfile.TemporaryDirectory(prefix="qwen-merge-bench-", dir=options.work_dir) as folder:
         work = Path(folder)
         make_model(work / "model", options.size)
         make_data(work / "data", options.stage, options.samples, 8 if options.size == "tiny" else 1)
-        for recipe in recipes:
-            figures = measure(recipe, options, work)
-            content[recipe] = figures
-            if "out_of_memory" in figures:
-                print(f"{recipe:18} out of memory", *figures["out_of_memory"], sep="\n    ")
-                continue
-            show(recipe, figures)
-    rates = {recipe: summary(content[recipe])["tokens_per_second"] for recipe in measured(content)}
-    for recipe in ("stock", "plain"):
-        if recipe in rates and "fast" in rates:
-            print(f"fast / {recipe}, real tokens a second: {rates['fast'] / rates[recipe]:.2f}")
-    if options.json:
-        options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        for cards in options.cards:
+            for recipe in recipes:
+                figures = measure(recipe, cards, options, work)
+                content["runs"].append(figures)
+                show(figures)
+                if options.json:  # after each: a later one may fail
+                    options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    rates = {(run["recipe"], run["cards"]): summary(run)["tokens_per_second"] for run in measured(content)}
+    for (recipe, cards), rate in rates.items():
+        if recipe in ("stock", "plain") and ("fast", cards) in rates:
+            print(f"fast / {label(recipe, cards)}, real tokens a second: {rates['fast', cards] / rate:.2f}")
+        if cards > 1 and (recipe, 1) in rates:
+            print(f"{label(recipe, cards)}: {rate / cards / rates[recipe, 1]:.1%} of {cards} times one card")
     if options.png:
         draw(content, options.png)
     return 0
-
-
-def measured(content: dict) -> list[str]:
-    """The recipes that ran and did not run out of memory."""
-    return [recipe for recipe in TRAIN_RECIPES if "counts" in content.get(recipe, {})]
-
-
-def show(recipe: str, figures: dict) -> None:
-    rates = summary(figures)
-    if rates["utilisation"] is None:
-        utilisation = "utilisation unknown (no peak for this device)"
-    else:
-        utilisation = f"{rates['utilisation']:.1%} of peak ({rates['with_attention']:.1%} with attention)"
-    print(
-        f"{recipe:18} {rates['tokens_per_second']:9,.0f} real tokens/s  {rates['samples_per_second']:7.1f} samples/s  "
-        f"{utilisation}  padding {rates['padding']:.1%}  {rates['seconds_a_step']:.3f} s a step  "
-        f"{rates['peak_gib']:.1f} GiB  {figures['checkpointed_layers']} of {figures['layers']} layers checkpointed   "
-        f"{figures['device']}, torch {figures['torch']}, {figures['attention']}"
-    )
-    print(" " * 19 + "  ".join(f"{name} {share:.1%}" for name, share in rates["parts"].items()))
-
-
-def draw(content: dict, path: Path) -> None:
-    """A bar for each recipe, its parts stacked: milliseconds for a thousand real tokens."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 1.6 + 0.5 * len(measured(content))), layout="constrained")
-    for row, recipe in enumerate(measured(content)):
-        rates, left = summary(content[recipe]), 0.0
-        scale = 1e6 / rates["tokens_per_second"]
-        for number, (name, share) in enumerate(rates["parts"].items()):
-            label = name if row == 0 else None
-            axes.barh(recipe, share * scale, left=left, color=f"C{number}", label=label)
-            left += share * scale
-    axes.set_xlabel(f"ms for 1,000 real tokens ({content['size']}, stage {content['stage']})")
-    axes.invert_yaxis()
-    axes.legend(ncols=3, fontsize="small")
-    figure.savefig(path, dpi=130)

@@ -54,7 +54,7 @@ class Sizes:
         tower, text, config = model.model.visual, model.model.language_model, model.config
 
         def count(*modules) -> int:
-            return sum(parameter.numel() for module in modules for parameter in module.parameters())
+            return sum(numel(parameter) for module in modules for parameter in module.parameters())
 
         def trains(module) -> bool:
             return any(parameter.requires_grad for parameter in module.parameters())
@@ -64,7 +64,7 @@ class Sizes:
             vision=count(tower.patch_embed, tower.blocks),
             projector=count(tower.merger),
             llm=count(text.layers),
-            head=model.lm_head.weight.numel(),
+            head=numel(model.lm_head.weight),
             vision_trains=trains(tower.blocks),
             projector_trains=trains(tower.merger),
             llm_trains=trains(text.layers),
@@ -75,6 +75,11 @@ class Sizes:
             window_layers=len(tower.blocks) - frames,
             frame_layers=frames,
         )
+
+
+def numel(parameter) -> int:
+    """As a whole: under ZeRO-3 a rank holds an empty shell."""
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def matrix_flops(sizes: Sizes, counts: Counts) -> float:

@@ -5,12 +5,14 @@
 LLaMA-Factory's own `run_exp` trains, with one callback more. Two things are not as in `llamafactory-cli train`: weights
 are drawn where the model lives instead of read from the disk, and nothing is saved. Marks are CUDA events, so that
 measuring waits for nothing; on a CPU they are times. `upstream` in the job names what is done as transformers does it:
-the "tower", the "loss"; "checkpointing" of all layers.
+the "tower", the "loss"; "checkpointing" of all layers. Each rank writes its figures into a file of its own; of several
+ranks the last `profiled` steps are traced (`train_profile`), which are not among the measured ones.
 """
 
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -19,6 +21,7 @@ from types import MethodType
 from typing import Any
 
 from qwen_merge.bench.train_flops import Counts, Sizes, attention_flops, matrix_flops
+from qwen_merge.bench.train_profile import shares
 
 PARTS = ("waiting", "vision", "LLM", "loss", "backward", "optimizer")
 COUNTED = ("labels", "attention_mask", "cu_seq_lens_q", "image_grid_thw")
@@ -53,8 +56,12 @@ def make_meter(job: dict):
             self.clock = Clock(job["device"])
             self.marks: list[list[tuple[str, Any]]] = []  # of each step; a name says what ended
             self.batches: list[list[dict]] = []  # counted at the end, so that nothing waits for the device
+            self.profiler: Any = None
 
         def on_train_begin(self, args, state, control, model=None, **kwargs):
+            model = getattr(model, "module", model)  # DeepSpeed's engine and DDP hold it there
+            if args.deepspeed:
+                self.mark_deepspeed_steps()
             if "loss" in job["upstream"]:
                 model.loss_without_logits = False
             self.sizes = Sizes.of(model)
@@ -63,6 +70,20 @@ def make_meter(job: dict):
             model.model.language_model.register_forward_hook(lambda *_: self.note("LLM"))
             model.register_forward_hook(lambda *_: self.note("loss"))
             self.tower, self.config, self.layers = model.model.visual, model.config, model.model.language_model.layers
+
+        def mark_deepspeed_steps(self) -> None:
+            """DeepSpeed's engine takes the optimizer's step where Trainer sees the backward."""
+            from deepspeed.runtime.engine import DeepSpeedEngine
+
+            step = DeepSpeedEngine.step
+
+            def marked(engine, *arguments, **options):
+                self.note("backward")
+                result = step(engine, *arguments, **options)
+                self.note("optimizer")
+                return result
+
+            DeepSpeedEngine.step = marked
 
         def note(self, name: str) -> None:
             self.marks[-1].append((name, self.clock.mark()))
@@ -78,6 +99,9 @@ def make_meter(job: dict):
             self.batches.append([])
             if state.global_step == job["warm_up"] and job["device"] != "cpu":
                 torch.cuda.reset_peak_memory_stats()
+            if job["profiled"] and state.global_step == args.max_steps - job["profiled"]:
+                self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+                self.profiler.start()
 
         def on_substep_end(self, args, state, control, **kwargs):
             self.note("backward")
@@ -88,11 +112,25 @@ def make_meter(job: dict):
         def on_step_end(self, args, state, control, **kwargs):
             self.note("optimizer")
 
+        def on_train_end(self, args, state, control, **kwargs):
+            if self.profiler is not None:
+                torch.cuda.synchronize()
+                self.profiler.stop()
+
+        def profile(self) -> dict | None:
+            if self.profiler is None:
+                return None
+            with tempfile.TemporaryDirectory() as folder:
+                trace = Path(folder, "trace.json")
+                self.profiler.export_chrome_trace(str(trace))
+                return shares(trace)
+
         def figures(self) -> dict:
             if job["device"] != "cpu":
                 torch.cuda.synchronize()
             steps, seconds, parts, total = [], [], dict.fromkeys(PARTS, 0.0), Counts()
-            for marks, batches in zip(self.marks[job["warm_up"] :], self.batches[job["warm_up"] :], strict=True):
+            measured = slice(job["warm_up"], len(self.marks) - job["profiled"])
+            for marks, batches in zip(self.marks[measured], self.batches[measured], strict=True):
                 counts = Counts()
                 for batch in batches:
                     counts += count(batch, self.tower)
@@ -112,6 +150,7 @@ def make_meter(job: dict):
                 "matrix_flops": matrix_flops(self.sizes, total),
                 "attention_flops": attention_flops(self.sizes, total),
                 "peak_bytes": peak,
+                "profile": self.profile(),
                 "attention": self.config._attn_implementation,
                 "checkpointed_layers": sum(layer.gradient_checkpointing for layer in self.layers),
                 "layers": len(self.layers),
@@ -167,10 +206,12 @@ def drawn_on(job: dict, load: Callable) -> Callable:
         generator = torch.Generator(device).manual_seed(0)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if parameter.ndim > 1:
-                    parameter.normal_(0, 0.02, generator=generator)
+                ones = "norm" in name or "ln_q" in name
+                values = getattr(parameter, "ds_tensor", parameter)  # ZeRO-3: this rank's part of it, flat
+                if len(getattr(parameter, "ds_shape", parameter.shape)) > 1:
+                    values.normal_(0, 0.02, generator=generator)
                 else:
-                    parameter.fill_(float("norm" in name or "ln_q" in name))
+                    values.fill_(float(ones))
         model.tie_weights()
         if "tower" in job["upstream"]:
             upstream_tower(model.model.visual)
@@ -193,7 +234,7 @@ def main() -> int:
         setattr(Trainer, name, lambda *_, **__: None)
     meter = make_meter(job)
     run_exp(job["arguments"], callbacks=[meter])
-    Path(job["output"]).write_text(json.dumps(meter.figures()))
+    Path(f"{job['output']}-{os.getenv('RANK', '0')}.json").write_text(json.dumps(meter.figures()))
     return 0
 
 
