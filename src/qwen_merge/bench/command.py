@@ -88,9 +88,9 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
         nargs="+",
         default=[1],
         metavar="N",
-        help="GPUs of this machine; several numbers, or one over 1, run under torchrun and DeepSpeed (default: 1)",
+        help="GPUs of this machine; all but a single 1 run under torchrun and the recipe's DeepSpeed file (default: 1)",
     )
-    train.add_argument("--zero", choices=["1", "2", "3"], help="another DeepSpeed file than the recipe's")
+    train.add_argument("--zero", choices=["1", "2", "3"], help="that DeepSpeed file, for a single card, too")
     train.add_argument("--profiled", type=int, default=2, help="traced steps of such runs (default: %(default)s)")
     train.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="(default: %(default)s)")
     train.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="change the recipes, both of them")

@@ -124,7 +124,7 @@ def make_data(folder: Path, stage: str, samples: int, shrink: int = 1) -> Path:
 
 def is_launched(options: argparse.Namespace) -> bool:
     """Whether the runs go through torchrun: several ranks, or one to compare several with."""
-    return options.cards != [1]
+    return options.cards != [1] or options.zero is not None
 
 
 def profiled(options: argparse.Namespace) -> int:
