@@ -52,6 +52,17 @@ def records(count: int, seed: int = 0) -> list[Record]:
     return made
 
 
+def parted_rows() -> list[Record]:
+    """Samples that packs of 200 tokens hold two at a time, with as many labels each; one in three has a picture."""
+    rows = []
+    for i in range(48):
+        images = [picture(56, 56)] * (i % 3 == 0)
+        words = "".join(chr(97 + (i * 7 + k) % 26) for k in range(42 - 8 * len(images)))
+        digits = "".join(str((i + k * k) % 10) for k in range(30))  # a token each
+        rows.append(Record(turns("<image>" * len(images) + words, digits), images))
+    return rows
+
+
 def write_set(dataset_dir: Path, name: str, rows: list[Record], shards: int = 1) -> Path:
     """The set's folder with `shards` shards, its manifest beside it, and its entry in dataset_info.json."""
     folder = dataset_dir / name

@@ -16,27 +16,20 @@ import torch
 from test_gpu import sources  # noqa: F401
 
 from qwen_merge.architecture import register
-from qwen_merge.data.schema import Record
-from record_sets import picture, turns, write_set
+from record_sets import parted_rows, write_set
 from training import PATH, REPOSITORY, command, environment, losses, recipe, train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")]
 register()
 
-STEPS, CAPACITY = 12, 400
+STEPS, CAPACITY = 12, 200
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Samples of which a third have a picture, so that some steps give one rank text alone."""
+    """Some steps give one rank text alone: `test_packed_training` looks at the plan."""
     folder = tmp_path_factory.mktemp("data")
-    rows = []
-    for i in range(96):
-        images = [picture(56, 56)] * (i % 3 == 0)
-        words = "".join(chr(97 + (i * 7 + k) % 26) for k in range(42 - 8 * len(images)))
-        digits = "".join(str((i + k * k) % 10) for k in range(30))
-        rows.append(Record(turns("<image>" * len(images) + words, digits), images))
-    write_set(folder, "parted", rows)
+    write_set(folder, "parted", parted_rows())
     return folder
 
 
@@ -92,17 +85,18 @@ def test_two_gpus_take_the_steps_of_one_though_a_rank_has_no_picture(sources, da
     assert control > 1e-2
 
 
-def workers(process: subprocess.Popen) -> list[int]:
-    """The ranks' processes: torchrun's children, in the order of their ranks."""
-    found = {}
-    for entry in Path("/proc").iterdir():
+def workers(output: Path) -> list[int]:
+    """The processes of the ranks that train into `output`, by rank; those of their data loaders are younger."""
+    found: dict[int, int] = {}
+    for number in sorted(int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()):
         try:
-            variables = (entry / "environ").read_bytes().split(b"\0")
-            rank = next(int(v.partition(b"=")[2]) for v in variables if v.startswith(b"LOCAL_RANK="))
-            if os.getpgid(int(entry.name)) == process.pid or os.getsid(int(entry.name)) == process.pid:
-                found.setdefault(rank, int(entry.name))
-        except (OSError, ValueError, StopIteration):
+            command_line = Path(f"/proc/{number}/cmdline").read_bytes()
+            variables = Path(f"/proc/{number}/environ").read_bytes().split(b"\0")
+        except OSError:  # it has ended
             continue
+        ranks = [int(text.partition(b"=")[2]) for text in variables if text.startswith(b"LOCAL_RANK=")]
+        if ranks and str(output).encode() in command_line:
+            found.setdefault(ranks[0], number)
     return [found[rank] for rank in sorted(found)]
 
 
@@ -123,7 +117,7 @@ def test_a_rank_that_dies_ends_the_run_and_the_run_goes_on_from_its_checkpoint(s
     )
     while process.poll() is None and not (output / "checkpoint-40/trainer_state.json").exists():
         time.sleep(0.02)
-    begin, ranks = time.monotonic(), workers(process)
+    begin, ranks = time.monotonic(), workers(output)
     assert len(ranks) == 2, (tmp_path / "log").read_text()[-3000:]
     os.kill(ranks[1], signal.SIGKILL)
     assert process.wait(timeout=120) != 0

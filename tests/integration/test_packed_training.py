@@ -13,7 +13,7 @@ from torch.utils.data import BatchSampler
 
 from qwen_merge.data import check_recipe
 from qwen_merge.data.schema import Record
-from record_sets import enlist, picture, records, settings, turns, write_set
+from record_sets import enlist, parted_rows, picture, records, settings, turns, write_set
 from training import losses, recipe, train
 
 pytestmark = pytest.mark.slow
@@ -228,13 +228,7 @@ def test_another_plan_is_not_resumed(data, tied, tmp_path, caplog):
 
 def test_two_ranks_take_the_steps_of_one_though_a_rank_has_no_picture(data, untied, tmp_path):
     """All packs have as many labels, so that a mean over ranks is one over tokens. Some steps give a rank text only."""
-    rows = []
-    for i in range(48):
-        images = [picture(56, 56)] * (i % 3 == 0)
-        words = "".join(chr(97 + (i * 7 + k) % 26) for k in range(42 - 8 * len(images)))
-        digits = "".join(str((i + k * k) % 10) for k in range(30))  # a token each
-        rows.append(Record(turns("<image>" * len(images) + words, digits), images))
-    write_set(data, "parted", rows)
+    write_set(data, "parted", parted_rows())
     same = {"model": untied.merged, "data": data, "dataset": "parted", "neat_packing": "true", "cutoff_len": CAPACITY}
     packs = loaded(data, untied.merged, "parted", cutoff_len=CAPACITY, per_device_train_batch_size=2)
     assert [len(packs.plan.pack(i)) for i in range(len(packs))] == [2] * 24

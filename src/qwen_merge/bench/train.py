@@ -205,7 +205,13 @@ def measure(recipe: str, cards: int, options: argparse.Namespace, work: Path) ->
     if "out of memory" in text:
         words = ("Activation checkpointing:", "OutOfMemoryError:")
         return run | {"out_of_memory": [line for line in text.splitlines() if any(word in line for word in words)]}
-    raise UserError(f"the {recipe} recipe failed on {cards} cards:\n{text[-3000:]}")
+    raise UserError(f"the {recipe} recipe failed on {cards} cards:\n{without_torchruns_own(text)[-3000:]}")
+
+
+def without_torchruns_own(text: str) -> str:
+    """What the ranks said, up to torchrun's traceback about a rank that failed, which says nothing of the cause."""
+    ranks, found, _ = text.partition("torch.distributed.elastic.multiprocessing.errors.ChildFailedError")
+    return ranks.rpartition("Traceback (most recent call last)")[0] if found else text
 
 
 def run(options: argparse.Namespace) -> int:
