@@ -33,13 +33,15 @@ from data_sources import (
     write_tar,
 )
 from qwen_merge import cli
-from qwen_merge.data import conversations
+from qwen_merge.data import conversations, sample
+from qwen_merge.data import convert as converting
 from qwen_merge.data.conversations import Dropped
 from qwen_merge.data.convert import Options
 from qwen_merge.data.manifest import Manifest
 from qwen_merge.data.sets import SETS
 from qwen_merge.data.sources import Source
 from qwen_merge.data.workspace import Workspace
+from qwen_merge.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 CAPTION = turns("<image>\nWhat is it?", "A picture.")
@@ -362,6 +364,56 @@ def test_a_killed_run_leaves_nothing_to_train_on_and_goes_on(tmp_path, capsys):
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+def interrupted(monkeypatch, module, name: str, unit: int, *arguments) -> None:
+    """A conversion that ends, as if killed, when it comes to `unit` in the pass that `name` does."""
+    work = getattr(module, name)
+
+    def until(given: dict) -> dict:
+        if given["unit"] == unit:
+            raise UserError("killed")
+        return work(given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, until)
+        convert(*arguments, code=2)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "unit"),
+    [(sample, "draw_unit", 2), (converting, "convert_unit", 0), (converting, "convert_unit", 2)],
+    ids=["in the first pass", "between the passes", "in the second pass"],
+)
+def test_a_file_that_was_drawn_from_may_not_change(tmp_path, capsys, monkeypatch, module, name, unit):
+    source = write_recap(tmp_path / "in", 40, files=4)
+    options = ("geo3k", source, tmp_path / "out", "--max-rows", "10")
+    whole = convert("geo3k", source, tmp_path / "whole", "--max-rows", "10")
+    interrupted(monkeypatch, module, name, unit, *options)
+    first = source / "train-00001-of-00004.parquet"
+    before = first.read_bytes()
+    write_parquet(first, [recap_row(number, None) for number in range(10)], recap_features())  # no picture
+    convert(*options, "--resume", code=2)
+    assert f"1 files of --input were read and have changed since, such as {first.name}" in capsys.readouterr().err
+    changed = convert("geo3k", source, tmp_path / "changed", "--max-rows", "10")
+    assert changed.counts != whole.counts  # control: it is another sample
+    first.write_bytes(before)
+    convert(*options, "--resume")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_mended_file_that_makes_the_set_too_large_makes_it_a_sample(tmp_path, monkeypatch):
+    """What was converted before, when all rows would have been taken, is done again."""
+    source = write_recap(tmp_path / "in", 40, files=4)
+    options = ("geo3k", source, tmp_path / "out", "--max-rows", "45")
+    interrupted(monkeypatch, converting, "convert_unit", 3, *options)
+    last = source / "train-00003-of-00004.parquet"
+    write_parquet(last, [recap_row(number, jpeg(seed=number)) for number in range(30, 60)], recap_features())
+    manifest = convert(*options, "--resume")
+    assert manifest.counts.rows_out == 45
+    assert manifest.counts.drops["not in the sample"]["rows"] == 15
+    convert("geo3k", source, tmp_path / "whole", "--max-rows", "45")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def test_units_whose_shards_are_gone_are_done_again(tmp_path):
     """A journal tells of three files; the shard of one is gone and that of another is cut."""
     source = write_recap(tmp_path / "in", 40, files=4)
@@ -467,7 +519,7 @@ def test_a_file_that_cannot_be_read_stops_the_set_and_keeps_what_was_done(tmp_pa
     before = first.read_bytes()
     first.write_bytes(before.replace(b"Please describe", b"please describe"))
     convert("geo3k", source, tmp_path / "out", "--resume", code=2)
-    assert "1 files of --input were converted and have changed since" in capsys.readouterr().err
+    assert "1 files of --input were read and have changed since" in capsys.readouterr().err
     first.write_bytes(before)
     assert convert("geo3k", source, tmp_path / "out", "--resume").counts.rows_out == 40
 

@@ -131,6 +131,8 @@ def _convert(
         sample.draw(plan, units, maximum, space, engine, workers, say)
 
     done = {line["converted"]: line for line in space.journal.entries() if "converted" in line}
+    # Whether there is a sample depends on the rows of all files, of which those still to do may have been mended.
+    done = {unit: line for unit, line in done.items() if line.get("sampled", plan["sampled"]) == plan["sampled"]}
     done = {unit: line for unit, line in done.items() if space.has(ShardInfo(**shard) for shard in line["shards"])}
     progress = Progress(entry.name, "converted", units, len(done), say)
 
@@ -193,6 +195,7 @@ def convert_unit(unit: dict) -> dict:
         shards = writer.close()
     return {
         "converted": unit["unit"],
+        "sampled": unit["sampled"],
         "counts": counts.to_json(),
         "shards": [shard.to_json() for shard in shards],
         "pictures": seen,
@@ -226,7 +229,8 @@ def _other_files(output: Path, entry: PublicSet, local: sources.Source | None) -
 
 
 def _same_files(source: sources.Source, options: Options, space: Workspace) -> None:
-    """Note in the journal which files are read, and that those of the units that are done are still the same.
+    """Note in the journal which files are read, and that those of the units that are done are still the same: drawn
+    from, or converted. A sample from one version of a file would take other rows of the next.
 
     Raises:
         UserError: one is not.
@@ -239,7 +243,7 @@ def _same_files(source: sources.Source, options: Options, space: Workspace) -> N
     done = set()
     for line in space.journal.entries():
         before = line.get("files", before)
-        done.add(line.get("converted"))
+        done |= {line.get("drawn"), line.get("converted")}
     if before is None:
         space.journal.append({"files": files})
         return
@@ -247,7 +251,7 @@ def _same_files(source: sources.Source, options: Options, space: Workspace) -> N
     changed = [file["file"] for file in read if file not in before]
     if changed:
         raise UserError(
-            f"{space.final}: {len(changed)} files of --input were converted and have changed since, such as "
+            f"{space.final}: {len(changed)} files of --input were read and have changed since, such as "
             f"{changed[0]}. Bring them back to go on with --resume, or give --overwrite to start anew."
         )
     if files != before:
