@@ -414,6 +414,55 @@ def test_a_mended_file_that_makes_the_set_too_large_makes_it_a_sample(tmp_path, 
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("cut", [0, 60, -1], ids=["empty", "cut in its head", "cut at its end"])
+@pytest.mark.parametrize(
+    ("module", "name", "torn"),
+    [
+        (sample, "draw_unit", "sample/drawn-00001.npy"),
+        (converting, "convert_unit", "sample/chosen-00001.npy"),
+        (converting, "convert_unit", "sample/*.npy"),
+        (converting, "convert_unit", "evaluation-index"),
+    ],
+)
+def test_files_that_a_power_cut_has_torn_are_made_again(tmp_path, monkeypatch, module, name, torn, cut):
+    source = write_recap(tmp_path / "in", 40, files=4)
+    text = "How many of the seventeen green triangles on the left side touch the long blue line?"
+    (tmp_path / "Bench.tsv").write_text(f"index\tquestion\n1\t{text}\n")
+    write_parquet(
+        source / "train-00000-of-00004.parquet",
+        [recap_row(n, jpeg(seed=n), turns(text, "Two.") if n < 3 else None) for n in range(10)],
+        recap_features(),
+    )
+    options = ("--max-rows", "10", "--decontaminate", str(tmp_path / "Bench.tsv"))
+    whole = convert("geo3k", source, tmp_path / "whole", *options)
+    assert whole.counts.drops["question is in an evaluation set"]["rows"] == 3
+    interrupted(monkeypatch, module, name, 2, "geo3k", source, tmp_path / "out", *options)
+    files = list((tmp_path / "out/llavaonevision_converted/.geo3k.working").glob(torn))
+    assert files
+    for file in files:
+        file.write_bytes(file.read_bytes()[:cut])
+    convert("geo3k", source, tmp_path / "out", *options, "--resume")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_what_the_journal_vouches_for_is_on_the_disk_before_the_journal_says_so(tmp_path, monkeypatch):
+    """A rename may reach the disk before the file's bytes: each file is forced there, then its folder."""
+    forced = []
+
+    def fsync(descriptor: int, real=os.fsync) -> None:
+        forced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        real(descriptor)
+
+    source = write_recap(tmp_path / "in", 20, files=2)
+    (tmp_path / "Bench.tsv").write_text("index\tquestion\n1\tHow many red and green balls are on this table?\n")
+    monkeypatch.setattr(os, "fsync", fsync)
+    convert("geo3k", source, tmp_path / "out", "--max-rows", "5", "--decontaminate", str(tmp_path / "Bench.tsv"))
+    for name in (".evaluation-index", ".drawn-00001.npy", ".chosen-00001.npy"):
+        (place,) = [place for place, forced_name in enumerate(forced) if forced_name.startswith(name)]
+        assert forced[place + 1] == (".geo3k.working" if "index" in name else "sample")
+        assert "journal.jsonl" in forced[place:]
+
+
 def test_units_whose_shards_are_gone_are_done_again(tmp_path):
     """A journal tells of three files; the shard of one is gone and that of another is cut."""
     source = write_recap(tmp_path / "in", 40, files=4)
