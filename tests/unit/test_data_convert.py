@@ -538,6 +538,21 @@ def test_a_finished_set_is_not_done_again(tmp_path, capsys):
     assert len(rows(tmp_path / "out", "geo3k")) == 5
 
 
+def test_the_same_files_may_be_named_in_another_way(tmp_path, capsys, monkeypatch):
+    source = write_recap(tmp_path / "in", 20, files=2)
+    monkeypatch.chdir(tmp_path)
+    interrupted(monkeypatch, converting, "convert_unit", 1, "geo3k", Path("in"), tmp_path / "out")
+    manifest = convert("geo3k", source, tmp_path / "out", "--resume")
+    assert manifest.counts.rows_out == 20
+    (tmp_path / "linked").symlink_to("in")
+    for name in (Path("in"), source, Path("../") / tmp_path.name / "in", tmp_path / "linked"):
+        convert("geo3k", name, tmp_path / "out")
+        assert "finished already" in capsys.readouterr().err
+    write_recap(tmp_path / "other", 21, files=2)  # control: other files under the same names
+    convert("geo3k", Path("other"), tmp_path / "out", code=2)
+    assert "other versions of" in capsys.readouterr().err
+
+
 def test_several_problems_are_told_before_anything_is_begun(tmp_path, capsys):
     source = write_recap(tmp_path / "in/geo3k", 20)
     write_recap(tmp_path / "in/hme100k", 20)

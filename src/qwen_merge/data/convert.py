@@ -48,7 +48,8 @@ class Options:
 
     def to_json(self, entry: PublicSet, local: sources.Source | None) -> dict:
         recorded = {
-            "input": str(self.input) if self.input else None,
+            # Not the way to the files, which may be written in many ways: their names are below, their content in the
+            # journal and in the manifest.
             "revision": self.revision,
             "max_rows": self.maximum(entry),
             "limit": self.limit,
