@@ -495,7 +495,6 @@ def test_the_image_thinking_set_keeps_good_answers_with_their_own_pictures(image
         "guesswork without reasoning": each[3] + each[10],
         "thought and summary contradict": each[5] + each[11],
         "language mixing": each[4],
-        "near-copy of an evaluation item": 0,
     }
     assert (manifest["rows_in"], manifest["rows_out"]) == (total, len(good))
     assert manifest["extra"]["sets"]["geo3k"]["several_turns"] == 4

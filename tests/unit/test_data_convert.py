@@ -5,6 +5,7 @@
 
 import base64
 import hashlib
+import importlib.metadata
 import os
 import signal
 import subprocess
@@ -620,6 +621,7 @@ def test_rows_of_an_evaluation_set_are_dropped_and_counted(tmp_path):
     }
     assert "MathVista_MINI.tsv" in drops["picture is in an evaluation set"]["examples"][0]
     assert manifest.options["decontaminate"][0][0] == "MathVista_MINI.tsv"
+    assert manifest.versions["imagehash"] == importlib.metadata.version("imagehash")
     assert manifest.extra["evaluation sets"]["MathVista_MINI.tsv"] == {
         "rows": 1,
         "pictures": 1,
@@ -630,6 +632,7 @@ def test_rows_of_an_evaluation_set_are_dropped_and_counted(tmp_path):
     control = convert("geo3k", tmp_path / "in", tmp_path / "control")
     assert control.counts.rows_out == 3
     assert "evaluation sets" not in control.extra
+    assert "imagehash" not in control.versions
 
 
 # The command
@@ -659,8 +662,27 @@ def test_sets_are_listed_with_what_is_there(tmp_path, capsys):
     convert("geo3k", write_recap(tmp_path / "in", 20), tmp_path / "out")
     assert cli.main(["data", "sets", "--output", str(tmp_path / "out")]) == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
-    assert set(lines) == set(SETS)
+    assert list(lines) == [*SETS, "text2image", "image_thinking"]
     assert "20 rows" in lines["geo3k"]
+    assert lines["text2image"].split() == [
+        "text2image",
+        "-",
+        "distilled",
+        "made",
+        "by",
+        "`qwen-merge",
+        "data",
+        "text2image`",
+    ]
+    (tmp_path / "out/image_thinking.answers").mkdir()
+    (tmp_path / "out/text2image.manifest.json").write_text(
+        (tmp_path / "out/llavaonevision_converted/geo3k.manifest.json").read_text()
+    )
+    assert cli.main(["data", "sets", "--output", str(tmp_path / "out")]) == 0
+    states = [line.split("  ")[1:] for line in capsys.readouterr().out.splitlines()[-2:]]
+    assert [next(filter(None, words)).strip() for words in states] == ["20 rows", "half done"]
+    convert("image_thinking", tmp_path / "in", tmp_path / "out", code=2)
+    assert "'image_thinking' (`qwen-merge data image-thinking` makes it)" in capsys.readouterr().err
     assert "lmms-lab/LLaVA-OneVision-Data, geo3k" in lines["geo3k"]
     for content in ("", "[]", "{}"):
         (tmp_path / "out/llavaonevision_converted/geo3k.manifest.json").write_text(content)

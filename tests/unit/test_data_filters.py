@@ -235,7 +235,8 @@ def test_rules_name_the_filter_and_counts_hold_all_six():
         filters.WRONG_FINAL_ANSWER: (*good[:2], THOUGHT, "The answer is 9."),
     }
     assert {name: filters.by_rules(*case)[0] for name, case in cases.items()} == {name: name for name in cases}
-    assert filters.counted({filters.GUESSWORK: 3, "judged poor": 2}) == {
+    drops = {filters.GUESSWORK: 3, "judged poor": 2}
+    assert filters.counted(drops, evaluated=True) == {
         "wrong final answer": 0,
         "heavy repetition": 0,
         "guesswork without reasoning": 3,
@@ -243,6 +244,11 @@ def test_rules_name_the_filter_and_counts_hold_all_six():
         "language mixing": 0,
         "near-copy of an evaluation item": 0,
     }
+    # Without evaluation sets nothing was compared with them, and "0" would say that none was found.
+    without = filters.counted(drops, evaluated=False)
+    assert without == {name: n for name, n in filters.counted(drops, evaluated=True).items() if name in without}
+    assert "near-copy of an evaluation item" not in without
+    assert len(without) == 5
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from typing import Any
 from qwen_merge.data import conversations, rows, sample, sources
 from qwen_merge.data.counts import Counts
 from qwen_merge.data.disk import told
-from qwen_merge.data.manifest import Manifest
+from qwen_merge.data.manifest import Manifest, package_versions
 from qwen_merge.data.progress import Progress
 from qwen_merge.data.schema import Record
 from qwen_merge.data.sets import SETS, PublicSet, find_sets, input_folder
@@ -164,6 +164,7 @@ def _convert(
         seed=options.seed,
         counts=counts,
         shards=shards,
+        versions=package_versions(*(["imagehash"] if plan["index"] else [])),
         extra=extra,
     )
 

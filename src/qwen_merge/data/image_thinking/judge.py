@@ -207,6 +207,7 @@ def _write(options: JudgeOptions, recorded: dict[str, Any], space: Workspace) ->
             of_set[sample.set] += 1
         shards = writer.close()
     drops = {reason: entry["rows"] for reason, entry in counts.drops.items()}
+    evaluated = bool(recorded["asked"].get("decontaminate"))
     return Manifest(
         name=SET,
         source=", ".join(line["id"] for line in lines),
@@ -215,9 +216,9 @@ def _write(options: JudgeOptions, recorded: dict[str, Any], space: Workspace) ->
         seed=recorded["asked"]["seed"],
         counts=counts,
         shards=shards,
-        versions=package_versions("openai"),
+        versions=package_versions("openai", *(["imagehash"] if evaluated else [])),
         extra={
-            "filters": filters.counted(drops),
+            "filters": filters.counted(drops, evaluated),
             "sets": {
                 line["id"]: {key: line[key] for key in ("seen", "eligible", "unfit", "several_turns")}
                 | {"drawn": line["counts"]["rows_in"], "rows_out": of_set[line["id"]]}

@@ -177,10 +177,14 @@ def by_rules(question: str, reference: str, thought: str, answer: str) -> tuple[
     return next(((name, seen) for name, seen in checks if seen), None)
 
 
-def counted(drops: dict[str, int]) -> dict[str, int]:
-    """The six filters' counts, the zeros too, for the manifest."""
+def counted(drops: dict[str, int], evaluated: bool) -> dict[str, int]:
+    """The six filters' counts, the zeros too, for the manifest.
+
+    Args:
+        evaluated: whether evaluation sets were given. Without them nothing was looked for, which is no count of 0.
+    """
     found = Counter(drops)
-    return {name: found[name] for name in FILTERS}
+    return {name: found[name] for name in FILTERS if name != NEAR_COPY or evaluated}
 
 
 def _shown(value: object) -> str:
