@@ -6,6 +6,7 @@
 import base64
 import hashlib
 import importlib.metadata
+import json
 import os
 import signal
 import subprocess
@@ -539,6 +540,24 @@ def test_a_finished_set_is_not_done_again(tmp_path, capsys):
     assert len(rows(tmp_path / "out", "geo3k")) == 5
 
 
+def test_a_finished_set_is_in_the_outputs_dataset_info(tmp_path, capsys):
+    source = write_recap(tmp_path / "in", 20)
+    info = tmp_path / "out/dataset_info.json"
+    info.parent.mkdir()
+    info.write_text('{"mine": ')
+    convert("geo3k", source, tmp_path / "out", code=2)
+    assert "dataset_info.json cannot be read" in capsys.readouterr().err
+    assert [path.name for path in info.parent.iterdir()] == [info.name]  # told before any work
+    assert info.read_text() == '{"mine": '
+    info.unlink()
+    convert("geo3k", source, tmp_path / "out")
+    named = json.loads(info.read_text())
+    assert {name: entry["file_name"] for name, entry in named.items()} == {"geo3k": "llavaonevision_converted/geo3k"}
+    info.write_text("{}")  # of a set that was finished before
+    convert("geo3k", source, tmp_path / "out")
+    assert json.loads(info.read_text()) == named
+
+
 def test_the_same_files_may_be_named_in_another_way(tmp_path, capsys, monkeypatch):
     source = write_recap(tmp_path / "in", 20, files=2)
     monkeypatch.chdir(tmp_path)
@@ -664,16 +683,7 @@ def test_sets_are_listed_with_what_is_there(tmp_path, capsys):
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert list(lines) == [*SETS, "text2image", "image_thinking"]
     assert "20 rows" in lines["geo3k"]
-    assert lines["text2image"].split() == [
-        "text2image",
-        "-",
-        "distilled",
-        "made",
-        "by",
-        "`qwen-merge",
-        "data",
-        "text2image`",
-    ]
+    assert " ".join(lines["text2image"].split()) == "text2image - distilled made by `qwen-merge data text2image`"
     (tmp_path / "out/image_thinking.answers").mkdir()
     (tmp_path / "out/text2image.manifest.json").write_text(
         (tmp_path / "out/llavaonevision_converted/geo3k.manifest.json").read_text()

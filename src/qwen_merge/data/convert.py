@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwen_merge.data import conversations, rows, sample, sources
+from qwen_merge.data import conversations, dataset_info, rows, sample, sources
 from qwen_merge.data.counts import Counts
 from qwen_merge.data.disk import told
 from qwen_merge.data.manifest import Manifest, package_versions
@@ -75,8 +75,10 @@ def convert(
     """Convert one set into `<output>/<file_name>/`; None when it was finished already.
 
     Raises:
-        UserError: the state on disk asks for --resume or --overwrite; a source or an option is wrong.
+        UserError: the state on disk asks for --resume or --overwrite; a source or an option is wrong; the output's
+            dataset_info.json is broken.
     """
+    dataset_info.read(output)
     with told(output / entry.file_name), Workspace(output, entry.file_name) as space:
         local = sources.local_source(options.input, entry.split) if options.input else None
         recorded = options.to_json(entry, local)
@@ -84,12 +86,14 @@ def convert(
         if state is State.FINISHED:
             if problem := _other_files(output, entry, local):
                 raise UserError(problem)
+            dataset_info.enlist(output, entry.name, entry.file_name)
             say(f"{entry.name}: finished already, nothing to do")
             return None
         source = local or _hub_source(entry, options, space)
         _same_files(source, options, space)
         manifest = _convert(entry, source, options, recorded, space, engine, workers, say)
         space.finish(manifest)
+        dataset_info.enlist(output, entry.name, entry.file_name)
         say(summary(manifest))
         return manifest
 
