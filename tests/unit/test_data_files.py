@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -37,6 +38,48 @@ def write(folder, count: int, max_bytes: int, prefix: str = "part-00000"):
         for number in range(count):
             writer.add(record(number))
         return writer.close()
+
+
+# Records
+
+
+def test_a_table_of_records_is_what_arrow_makes_of_lists():
+    records = [
+        Record(
+            [{"role": "user", "content": "<image><image>问题 é"}, {"role": "assistant", "content": ""}],
+            [b"\0\xff", b""],
+        ),
+        Record([], []),
+        record(3),
+    ]
+    images = [[{"bytes": data, "path": None} for data in each.images] for each in records]
+    columns = [[each.messages for each in records], images]
+    expected = pa.table([pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)], SCHEMA)
+    made = table(records)
+    made.validate(full=True)
+    assert made.equals(expected, check_metadata=True)
+    assert made.to_pylist() == expected.to_pylist()
+    assert not made.equals(table([*records[:2], record(4)]))  # control
+    assert table([]).equals(pa.table([[], []], SCHEMA))
+
+
+def test_writing_shards_does_not_import_pandas(tmp_path):
+    """A second of each worker's start, and 60 MB."""
+    program = """
+import sys
+from pathlib import Path
+import pyarrow as pa
+from qwen_merge.data.schema import Record
+from qwen_merge.data.shards import ShardWriter
+with ShardWriter(Path(sys.argv[1]), "part-00000") as writer:
+    writer.add(Record([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], [b"x"]))
+    writer.close()
+print("pandas" in sys.modules)
+pa.array(["x"])
+print("pandas" in sys.modules)
+"""
+    said = subprocess.check_output([sys.executable, "-c", program, tmp_path / "set"], text=True)
+    assert said.split() == ["False", "True"]  # the second is the control
 
 
 # Shards
