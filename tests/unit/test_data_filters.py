@@ -66,6 +66,8 @@ def test_a_references_final_answer(text, expected):
         ("综上所述，答案是 D。", Final("option", "D")),
         (r"$\boxed{7}$, that is, $\boxed{7}$", Final("number", Fraction(7))),
         ("(C) the red ball", Final("option", "C")),
+        ("So the answer is B (the red ball).", Final("option", "B")),
+        ("So the answer is **C** because it is red.", Final("option", "C")),
         ("42", Final("number", Fraction(42))),
         ("The answer is 5 cm", None),
         ("The answer is a dog", None),
@@ -88,6 +90,8 @@ def test_a_references_final_answer(text, expected):
         ("A. is wrong, B. is right", None),
         ("A. false\nB. true", None),
         ("The answer is A dog", None),
+        ("The answer is A-frame.", None),
+        ("The answer is A, C.", None),
     ],
 )
 def test_the_final_answer_that_a_text_states(text, expected):

@@ -198,7 +198,7 @@ def _said(text: str, match: re.Match[str]) -> Final | None:
     if end and end[0] in "?？":
         return None
     if option := re.match(
-        r"\**\s*[(\[]?([A-J])[)\]]?\**\s*(?:\Z|[.,:：，]|[(（—–-]|(?:because|since|as|for)\b)", sentence
+        r"\**\s*[(\[]?([A-J])[)\]]?\**(?:\s*(?:\Z|[,:：，])|\s+(?:[(（—–-]|(?:because|since|as|for)\b))", sentence
     ):
         return Final("option", option[1])
     return final_of(sentence)
