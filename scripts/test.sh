@@ -13,6 +13,7 @@ ruff check .
 ruff format --check .
 mypy
 for script in scripts/*.sh; do bash -n "$script"; done
+[ -n "$(type -P chromium chromium-browser google-chrome)" ] || echo "apt-get install chromium runs the page tests too"
 # Two files at a time: most of the time goes into processes that start on one core. More would share ports and memory.
 [ $# -gt 0 ] || set -- -m "not gpu" --durations=15 --numprocesses=2 --dist=loadfile
 exec python -m pytest "$@"

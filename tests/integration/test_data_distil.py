@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,13 +19,18 @@ import pyarrow.parquet as pq
 import pytest
 import requests
 from PIL import Image
+from transformers import AutoTokenizer
 
 from endpoint import Endpoint, digest, text_of
+from qwen_merge.data import check_recipe
+from qwen_merge.data.check import Check, check
 from qwen_merge.data.image_thinking.samples import draw, read_samples
 from qwen_merge.data.schema import Record
 from qwen_merge.data.shards import ShardWriter
 from qwen_merge.data.teacher.texts import share_of
+from record_sets import settings
 from training import REPOSITORY
+from worker_processes import family, kill_one, until
 
 pytestmark = pytest.mark.slow
 
@@ -83,6 +89,41 @@ def check_for_llamafactory(rows: list[dict]) -> None:
     for row in rows:
         assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
         assert sum(message["content"].count("<image>") for message in row["messages"]) == len(row["images"])
+
+
+def llamafactorys(output: Path, name: str, model: Path, cache: Path) -> tuple[list[list[int]], Check]:
+    """The set's token ids as LLaMA-Factory's training gets them, and what `data check` says of the set."""
+    from llamafactory.data import get_dataset
+
+    config = settings(output, model, name, cache_dir=str(cache / "cache"), output_dir=str(cache / "run"))
+    result = check(config)
+    arguments, problems = check_recipe.parse(config)
+    assert arguments is not None, problems
+    tokenizer, processor, template = check_recipe.load(arguments)
+    module = get_dataset(
+        template, arguments.model, arguments.data, arguments.training, "sft", tokenizer=tokenizer, processor=processor
+    )
+    return module["train_dataset"]["input_ids"], result
+
+
+def trains_as_checked(output: Path, name: str, model: Path, cache: Path) -> list[str]:
+    """The texts that a finished set trains on; it is known by the dataset_info.json that its own command wrote."""
+    ids, result = llamafactorys(output, name, model, cache)
+    assert result.problems == []
+    (found,) = result.sets
+    assert (found.samples, found.tokens) == (len(ids), sum(map(len, ids)))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return [tokenizer.decode([token for token in row if token >= 0]) for row in ids]
+
+
+def without_pictures(output: Path, name: str, other: Path) -> Path:
+    """The set as the original leaves it: tags in the texts, and no pictures. The control of what loads it."""
+    with ShardWriter(other / name, "part-00000") as writer:
+        for row in rows_of(output / name):
+            writer.add(Record(row["messages"], []))
+        writer.close()
+    shutil.copy(output / "dataset_info.json", other)
+    return other
 
 
 # --- text2image ---
@@ -234,6 +275,20 @@ def test_the_text2image_set_holds_each_judged_answer_once(text_set):
             assert f"<reference>\n{line['reference']}\n</reference>" in text
 
 
+def test_llamafactory_loads_the_text2image_set_as_data_check_says(text_set, tied, tmp_path):
+    output, _ = text_set
+    assert list(json.loads((output / "dataset_info.json").read_text())) == ["text2image"]
+    texts = trains_as_checked(output, "text2image", tied.merged, tmp_path)
+    rows = rows_of(output / "text2image")
+    assert len(texts) == len(rows)
+    for text, row in zip(texts, rows, strict=True):
+        assert row["messages"][1]["content"] in text
+        assert ("<|image_pad|>" in text) == bool(row["images"])
+    other = without_pictures(output, "text2image", tmp_path / "other")
+    with pytest.raises(ValueError, match=r"number of images does not match the number of <image> tokens"):
+        llamafactorys(other, "text2image", tied.merged, tmp_path)
+
+
 def shown_twice(shown: list[tuple[str, bytes]]) -> list[set[str]]:
     """Questions that share a picture with another question."""
     questions: dict[bytes, set[str]] = {}
@@ -311,32 +366,77 @@ import sys
 from pathlib import Path
 from qwen_merge.data.text2image.convert import ConvertOptions, convert
 if __name__ == "__main__":
-    convert(ConvertOptions(Path(sys.argv[1]), unit_rows=4), workers=int(sys.argv[2]), resume="--resume" in sys.argv)
+    options = ConvertOptions(Path(sys.argv[1]), unit_rows=UNIT)
+    convert(options, sys.argv[2], int(sys.argv[3]), resume="--resume" in sys.argv)
 """
+UNIT = 4  # rows
 
 
-def test_killed_rendering_goes_on_and_workers_change_nothing(text_set, tmp_path):
+@pytest.fixture
+def render(text_set, tmp_path):
+    """Starts drawing the answers of `text_set` in units of few rows, in a session of its own, killed afterwards."""
     whole, _ = text_set
     script = tmp_path / "convert.py"
-    script.write_text(CONVERT)
-    outputs = [tmp_path / name for name in ("one", "killed", "two")]
-    for output in outputs:
-        output.mkdir()
-        (output / "text2image.answers").symlink_to(whole / "text2image.answers")
+    script.write_text(CONVERT.replace("UNIT", str(UNIT)))
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment["PYTHONPATH"] = str(REPOSITORY / "src")
+    started: list[subprocess.Popen] = []
 
-    def convert(output: Path, *options) -> subprocess.Popen:
-        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "src")}
-        return subprocess.Popen([sys.executable, script, output, *options], env=environment, stdout=subprocess.PIPE)
+    def start(output: Path, engine: str, *options: str) -> subprocess.Popen:
+        if not output.exists():
+            output.mkdir()
+            (output / "text2image.answers").symlink_to(whole / "text2image.answers")
+        process = subprocess.Popen(
+            [sys.executable, script, output, engine, *options],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
 
-    assert convert(outputs[0], "1").wait(300) == 0
-    kill_when(convert(outputs[1], "1"), outputs[1] / ".text2image.working/journal.jsonl", 2)
-    assert not (outputs[1] / "text2image").exists()  # a half-done set is never taken for one
-    assert convert(outputs[1], "1", "--resume").wait(300) == 0
-    assert convert(outputs[2], "2").wait(300) == 0
-    expected = files_of(outputs[0], "text2image")
-    assert len(expected) > 4
-    assert files_of(outputs[1], "text2image") == files_of(outputs[2], "text2image") == expected
-    assert rows_of(outputs[0] / "text2image") == rows_of(whole / "text2image")
+    yield start
+    for process in started:
+        for member in family(process.pid):
+            member.kill()
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_rendering_killed_anywhere_and_by_any_engine_gives_the_same_files(text_set, render, tmp_path):
+    whole, _ = text_set
+    journal = ".text2image.working/journal.jsonl"
+
+    def units(output: Path) -> int:
+        return (output / journal).read_bytes().count(b"\n") if (output / journal).exists() else 0
+
+    assert render(tmp_path / "one", "processes", "1").wait(300) == 0
+    expected = files_of(tmp_path / "one", "text2image")
+    rows = rows_of(tmp_path / "one" / "text2image")
+    assert rows == rows_of(whole / "text2image")
+    every = -(-len(rows) // UNIT)
+    assert len(expected) == every + 1 > 6  # a shard a unit, and the manifest
+
+    killed = tmp_path / "killed"
+    kill_when(render(killed, "processes", "1"), killed / journal, 2)
+    assert not (killed / "text2image").exists()  # a half-done set is never taken for one
+    assert render(killed, "processes", "1", "--resume").wait(300) == 0
+    assert files_of(killed, "text2image") == expected
+
+    for engine, lost in (("processes", "its unit is done again"), ("ray", "A worker died or was killed")):
+        output = tmp_path / engine
+        process = render(output, engine, "2")
+        until(lambda output=output: units(output) >= 1, 180, "a unit was done", process)
+        kill_one(process, engine)
+        assert units(output) < every
+        said = process.communicate(timeout=240)[0]
+        assert process.returncode == 0, said
+        assert lost in said  # without this the kill may have come too late to matter
+        assert files_of(output, "text2image") == expected
 
 
 def test_servers_that_misbehave_give_the_same_set(text_set, sources, tmp_path):
@@ -495,7 +595,6 @@ def test_the_image_thinking_set_keeps_good_answers_with_their_own_pictures(image
         "guesswork without reasoning": each[3] + each[10],
         "thought and summary contradict": each[5] + each[11],
         "language mixing": each[4],
-        "near-copy of an evaluation item": 0,
     }
     assert (manifest["rows_in"], manifest["rows_out"]) == (total, len(good))
     assert manifest["extra"]["sets"]["geo3k"]["several_turns"] == 4
@@ -516,6 +615,18 @@ def test_the_image_thinking_set_keeps_good_answers_with_their_own_pictures(image
         else:
             assert "temperature" not in body  # the server's own
     assert sorted(judged) == [n for n in range(total) if n % 13 >= 7]
+
+
+def test_llamafactory_loads_the_image_thinking_set_as_data_check_says(image_set, tied, tmp_path):
+    output, _ = image_set
+    texts = trains_as_checked(output, "image_thinking", tied.merged, tmp_path)
+    rows = rows_of(output / "image_thinking")
+    assert [number_in(text) for text in texts] == [number_in(row["messages"][0]["content"]) for row in rows]
+    assert all("<|image_pad|>" in text and f"<think>\n{LONG}" in text for text in texts)
+    other = without_pictures(output, "image_thinking", tmp_path / "other")
+    config = settings(other, tied.merged, "image_thinking", cache_dir=str(tmp_path / "cache"))
+    (problem,) = check(config).problems
+    assert f"training stops at {len(rows)} rows: <image> tags and pictures differ in number" in problem
 
 
 def test_a_killed_and_resumed_image_thinking_is_the_same_set(image_set, converted, tmp_path):

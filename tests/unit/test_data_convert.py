@@ -5,6 +5,8 @@
 
 import base64
 import hashlib
+import importlib.metadata
+import json
 import os
 import signal
 import subprocess
@@ -33,13 +35,15 @@ from data_sources import (
     write_tar,
 )
 from qwen_merge import cli
-from qwen_merge.data import conversations
+from qwen_merge.data import conversations, sample
+from qwen_merge.data import convert as converting
 from qwen_merge.data.conversations import Dropped
 from qwen_merge.data.convert import Options
 from qwen_merge.data.manifest import Manifest
 from qwen_merge.data.sets import SETS
 from qwen_merge.data.sources import Source
 from qwen_merge.data.workspace import Workspace
+from qwen_merge.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 CAPTION = turns("<image>\nWhat is it?", "A picture.")
@@ -362,6 +366,105 @@ def test_a_killed_run_leaves_nothing_to_train_on_and_goes_on(tmp_path, capsys):
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+def interrupted(monkeypatch, module, name: str, unit: int, *arguments) -> None:
+    """A conversion that ends, as if killed, when it comes to `unit` in the pass that `name` does."""
+    work = getattr(module, name)
+
+    def until(given: dict) -> dict:
+        if given["unit"] == unit:
+            raise UserError("killed")
+        return work(given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, until)
+        convert(*arguments, code=2)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "unit"),
+    [(sample, "draw_unit", 2), (converting, "convert_unit", 0), (converting, "convert_unit", 2)],
+    ids=["in the first pass", "between the passes", "in the second pass"],
+)
+def test_a_file_that_was_drawn_from_may_not_change(tmp_path, capsys, monkeypatch, module, name, unit):
+    source = write_recap(tmp_path / "in", 40, files=4)
+    options = ("geo3k", source, tmp_path / "out", "--max-rows", "10")
+    whole = convert("geo3k", source, tmp_path / "whole", "--max-rows", "10")
+    interrupted(monkeypatch, module, name, unit, *options)
+    first = source / "train-00001-of-00004.parquet"
+    before = first.read_bytes()
+    write_parquet(first, [recap_row(number, None) for number in range(10)], recap_features())  # no picture
+    convert(*options, "--resume", code=2)
+    assert f"1 files of --input were read and have changed since, such as {first.name}" in capsys.readouterr().err
+    changed = convert("geo3k", source, tmp_path / "changed", "--max-rows", "10")
+    assert changed.counts != whole.counts  # control: it is another sample
+    first.write_bytes(before)
+    convert(*options, "--resume")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_mended_file_that_makes_the_set_too_large_makes_it_a_sample(tmp_path, monkeypatch):
+    """What was converted before, when all rows would have been taken, is done again."""
+    source = write_recap(tmp_path / "in", 40, files=4)
+    options = ("geo3k", source, tmp_path / "out", "--max-rows", "45")
+    interrupted(monkeypatch, converting, "convert_unit", 3, *options)
+    last = source / "train-00003-of-00004.parquet"
+    write_parquet(last, [recap_row(number, jpeg(seed=number)) for number in range(30, 60)], recap_features())
+    manifest = convert(*options, "--resume")
+    assert manifest.counts.rows_out == 45
+    assert manifest.counts.drops["not in the sample"]["rows"] == 15
+    convert("geo3k", source, tmp_path / "whole", "--max-rows", "45")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("cut", [0, 60, -1], ids=["empty", "cut in its head", "cut at its end"])
+@pytest.mark.parametrize(
+    ("module", "name", "torn"),
+    [
+        (sample, "draw_unit", "sample/drawn-00001.npy"),
+        (converting, "convert_unit", "sample/chosen-00001.npy"),
+        (converting, "convert_unit", "sample/*.npy"),
+        (converting, "convert_unit", "evaluation-index"),
+    ],
+)
+def test_files_that_a_power_cut_has_torn_are_made_again(tmp_path, monkeypatch, module, name, torn, cut):
+    source = write_recap(tmp_path / "in", 40, files=4)
+    text = "How many of the seventeen green triangles on the left side touch the long blue line?"
+    (tmp_path / "Bench.tsv").write_text(f"index\tquestion\n1\t{text}\n")
+    write_parquet(
+        source / "train-00000-of-00004.parquet",
+        [recap_row(n, jpeg(seed=n), turns(text, "Two.") if n < 3 else None) for n in range(10)],
+        recap_features(),
+    )
+    options = ("--max-rows", "10", "--decontaminate", str(tmp_path / "Bench.tsv"))
+    whole = convert("geo3k", source, tmp_path / "whole", *options)
+    assert whole.counts.drops["question is in an evaluation set"]["rows"] == 3
+    interrupted(monkeypatch, module, name, 2, "geo3k", source, tmp_path / "out", *options)
+    files = list((tmp_path / "out/llavaonevision_converted/.geo3k.working").glob(torn))
+    assert files
+    for file in files:
+        file.write_bytes(file.read_bytes()[:cut])
+    convert("geo3k", source, tmp_path / "out", *options, "--resume")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_what_the_journal_vouches_for_is_on_the_disk_before_the_journal_says_so(tmp_path, monkeypatch):
+    """A rename may reach the disk before the file's bytes: each file is forced there, then its folder."""
+    forced = []
+
+    def fsync(descriptor: int, real=os.fsync) -> None:
+        forced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        real(descriptor)
+
+    source = write_recap(tmp_path / "in", 20, files=2)
+    (tmp_path / "Bench.tsv").write_text("index\tquestion\n1\tHow many red and green balls are on this table?\n")
+    monkeypatch.setattr(os, "fsync", fsync)
+    convert("geo3k", source, tmp_path / "out", "--max-rows", "5", "--decontaminate", str(tmp_path / "Bench.tsv"))
+    for name in (".evaluation-index", ".drawn-00001.npy", ".chosen-00001.npy"):
+        (place,) = [place for place, forced_name in enumerate(forced) if forced_name.startswith(name)]
+        assert forced[place + 1] == (".geo3k.working" if "index" in name else "sample")
+        assert "journal.jsonl" in forced[place:]
+
+
 def test_units_whose_shards_are_gone_are_done_again(tmp_path):
     """A journal tells of three files; the shard of one is gone and that of another is cut."""
     source = write_recap(tmp_path / "in", 40, files=4)
@@ -437,6 +540,39 @@ def test_a_finished_set_is_not_done_again(tmp_path, capsys):
     assert len(rows(tmp_path / "out", "geo3k")) == 5
 
 
+def test_a_finished_set_is_in_the_outputs_dataset_info(tmp_path, capsys):
+    source = write_recap(tmp_path / "in", 20)
+    info = tmp_path / "out/dataset_info.json"
+    info.parent.mkdir()
+    info.write_text('{"mine": ')
+    convert("geo3k", source, tmp_path / "out", code=2)
+    assert "dataset_info.json cannot be read" in capsys.readouterr().err
+    assert [path.name for path in info.parent.iterdir()] == [info.name]  # told before any work
+    assert info.read_text() == '{"mine": '
+    info.unlink()
+    convert("geo3k", source, tmp_path / "out")
+    named = json.loads(info.read_text())
+    assert {name: entry["file_name"] for name, entry in named.items()} == {"geo3k": "llavaonevision_converted/geo3k"}
+    info.write_text("{}")  # of a set that was finished before
+    convert("geo3k", source, tmp_path / "out")
+    assert json.loads(info.read_text()) == named
+
+
+def test_the_same_files_may_be_named_in_another_way(tmp_path, capsys, monkeypatch):
+    source = write_recap(tmp_path / "in", 20, files=2)
+    monkeypatch.chdir(tmp_path)
+    interrupted(monkeypatch, converting, "convert_unit", 1, "geo3k", Path("in"), tmp_path / "out")
+    manifest = convert("geo3k", source, tmp_path / "out", "--resume")
+    assert manifest.counts.rows_out == 20
+    (tmp_path / "linked").symlink_to("in")
+    for name in (Path("in"), source, Path("../") / tmp_path.name / "in", tmp_path / "linked"):
+        convert("geo3k", name, tmp_path / "out")
+        assert "finished already" in capsys.readouterr().err
+    write_recap(tmp_path / "other", 21, files=2)  # control: other files under the same names
+    convert("geo3k", Path("other"), tmp_path / "out", code=2)
+    assert "other versions of" in capsys.readouterr().err
+
+
 def test_several_problems_are_told_before_anything_is_begun(tmp_path, capsys):
     source = write_recap(tmp_path / "in/geo3k", 20)
     write_recap(tmp_path / "in/hme100k", 20)
@@ -467,7 +603,7 @@ def test_a_file_that_cannot_be_read_stops_the_set_and_keeps_what_was_done(tmp_pa
     before = first.read_bytes()
     first.write_bytes(before.replace(b"Please describe", b"please describe"))
     convert("geo3k", source, tmp_path / "out", "--resume", code=2)
-    assert "1 files of --input were converted and have changed since" in capsys.readouterr().err
+    assert "1 files of --input were read and have changed since" in capsys.readouterr().err
     first.write_bytes(before)
     assert convert("geo3k", source, tmp_path / "out", "--resume").counts.rows_out == 40
 
@@ -504,6 +640,7 @@ def test_rows_of_an_evaluation_set_are_dropped_and_counted(tmp_path):
     }
     assert "MathVista_MINI.tsv" in drops["picture is in an evaluation set"]["examples"][0]
     assert manifest.options["decontaminate"][0][0] == "MathVista_MINI.tsv"
+    assert manifest.versions["imagehash"] == importlib.metadata.version("imagehash")
     assert manifest.extra["evaluation sets"]["MathVista_MINI.tsv"] == {
         "rows": 1,
         "pictures": 1,
@@ -514,6 +651,7 @@ def test_rows_of_an_evaluation_set_are_dropped_and_counted(tmp_path):
     control = convert("geo3k", tmp_path / "in", tmp_path / "control")
     assert control.counts.rows_out == 3
     assert "evaluation sets" not in control.extra
+    assert "imagehash" not in control.versions
 
 
 # The command
@@ -543,8 +681,18 @@ def test_sets_are_listed_with_what_is_there(tmp_path, capsys):
     convert("geo3k", write_recap(tmp_path / "in", 20), tmp_path / "out")
     assert cli.main(["data", "sets", "--output", str(tmp_path / "out")]) == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
-    assert set(lines) == set(SETS)
+    assert list(lines) == [*SETS, "text2image", "image_thinking"]
     assert "20 rows" in lines["geo3k"]
+    assert " ".join(lines["text2image"].split()) == "text2image - distilled made by `qwen-merge data text2image`"
+    (tmp_path / "out/image_thinking.answers").mkdir()
+    (tmp_path / "out/text2image.manifest.json").write_text(
+        (tmp_path / "out/llavaonevision_converted/geo3k.manifest.json").read_text()
+    )
+    assert cli.main(["data", "sets", "--output", str(tmp_path / "out")]) == 0
+    states = [line.split("  ")[1:] for line in capsys.readouterr().out.splitlines()[-2:]]
+    assert [next(filter(None, words)).strip() for words in states] == ["20 rows", "half done"]
+    convert("image_thinking", tmp_path / "in", tmp_path / "out", code=2)
+    assert "'image_thinking' (`qwen-merge data image-thinking` makes it)" in capsys.readouterr().err
     assert "lmms-lab/LLaVA-OneVision-Data, geo3k" in lines["geo3k"]
     for content in ("", "[]", "{}"):
         (tmp_path / "out/llavaonevision_converted/geo3k.manifest.json").write_text(content)

@@ -228,6 +228,13 @@ def test_summary_and_saved_index(index, tmp_path):
     assert again.picture_hit(copied(photograph(1), 0.5, 75)) == index.picture_hit(copied(photograph(1), 0.5, 75))
     assert again.question_hit(CHINESE) == "Bench.tsv row 13"
     assert [path.name for path in tmp_path.iterdir()] == ["index.npz"]
+    whole = (tmp_path / "index.npz").read_bytes()
+    changed = bytearray(whole)
+    changed[len(whole) // 2] ^= 255
+    for torn in (b"", whole[:100], whole[:-1], bytes(len(whole)), bytes(changed)):
+        (tmp_path / "index.npz").write_bytes(torn)
+        with pytest.raises(ValueError):  # noqa: PT011  (whatever numpy or zip says of it)
+            Index.load(tmp_path / "index.npz")
 
 
 def test_files_that_are_no_evaluation_sets_are_refused_together(tmp_path):

@@ -6,14 +6,17 @@
 import contextlib
 import hashlib
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from qwen_merge.data import dataset_info
 from qwen_merge.data import shards as shards_module
 from qwen_merge.data.counts import Counts
 from qwen_merge.data.journal import Journal
@@ -35,6 +38,48 @@ def write(folder, count: int, max_bytes: int, prefix: str = "part-00000"):
         for number in range(count):
             writer.add(record(number))
         return writer.close()
+
+
+# Records
+
+
+def test_a_table_of_records_is_what_arrow_makes_of_lists():
+    records = [
+        Record(
+            [{"role": "user", "content": "<image><image>问题 é"}, {"role": "assistant", "content": ""}],
+            [b"\0\xff", b""],
+        ),
+        Record([], []),
+        record(3),
+    ]
+    images = [[{"bytes": data, "path": None} for data in each.images] for each in records]
+    columns = [[each.messages for each in records], images]
+    expected = pa.table([pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)], SCHEMA)
+    made = table(records)
+    made.validate(full=True)
+    assert made.equals(expected, check_metadata=True)
+    assert made.to_pylist() == expected.to_pylist()
+    assert not made.equals(table([*records[:2], record(4)]))  # control
+    assert table([]).equals(pa.table([[], []], SCHEMA))
+
+
+def test_writing_shards_does_not_import_pandas(tmp_path):
+    """A second of each worker's start, and 60 MB."""
+    program = """
+import sys
+from pathlib import Path
+import pyarrow as pa
+from qwen_merge.data.schema import Record
+from qwen_merge.data.shards import ShardWriter
+with ShardWriter(Path(sys.argv[1]), "part-00000") as writer:
+    writer.add(Record([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], [b"x"]))
+    writer.close()
+print("pandas" in sys.modules)
+pa.array(["x"])
+print("pandas" in sys.modules)
+"""
+    said = subprocess.check_output([sys.executable, "-c", program, tmp_path / "set"], text=True)
+    assert said.split() == ["False", "True"]  # the second is the control
 
 
 # Shards
@@ -506,3 +551,65 @@ def test_no_manifest_gives_a_traceback(tmp_path, content):
     (tmp_path / "m.json").write_text(content)
     with pytest.raises(UserError, match="is not a manifest"):
         Manifest.read(tmp_path / "m.json")
+
+
+# dataset_info.json
+
+
+def test_a_finished_set_is_named_for_llamafactory_and_nothing_else_changes(tmp_path):
+    info = tmp_path / "dataset_info.json"
+    (tmp_path / "sets/geo3k").mkdir(parents=True)
+    dataset_info.enlist(tmp_path, "geo3k", "sets/geo3k")
+    assert not info.exists()  # no row: LLaMA-Factory refuses an empty folder
+    (tmp_path / "sets/geo3k/part-00000-000.parquet").touch()
+    dataset_info.enlist(tmp_path, "geo3k", "sets/geo3k")
+    entry = {
+        "file_name": "sets/geo3k",
+        "formatting": "sharegpt",
+        "columns": {"messages": "messages", "images": "images"},
+        "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
+    }
+    assert json.loads(info.read_text()) == {"geo3k": entry}
+    repository = json.loads((Path(__file__).parents[2] / "data/dataset_info.json").read_text())
+    assert repository["geo3k"] == {**entry, "file_name": "llavaonevision_converted/geo3k"}  # as the kit's own entries
+
+    others = {"mine": {"file_name": "我的.json", "num_samples": 3}, "geo3k": {"file_name": "other"}}
+    info.write_text(json.dumps(others))
+    before = info.read_bytes(), info.stat().st_ino
+    dataset_info.enlist(tmp_path, "geo3k", "sets/geo3k")
+    assert (info.read_bytes(), info.stat().st_ino) == before  # of that name there is one, whatever it says
+    info.rename(tmp_path / "elsewhere.json")
+    info.symlink_to("elsewhere.json")
+    dataset_info.enlist(tmp_path, "again", "sets/geo3k")
+    assert info.is_symlink()
+    assert list(json.loads(info.read_text()).items()) == [*others.items(), ("again", entry)]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"geo3k": {', b"[]", b"\xff\xfe"])
+def test_a_broken_dataset_info_is_told_and_left_as_it_is(tmp_path, content):
+    info = tmp_path / "dataset_info.json"
+    info.write_bytes(content)
+    (tmp_path / "geo3k").mkdir()
+    (tmp_path / "geo3k/part-00000-000.parquet").touch()
+    for work in (lambda: dataset_info.read(tmp_path), lambda: dataset_info.enlist(tmp_path, "geo3k", "geo3k")):
+        with pytest.raises(UserError, match=r"dataset_info\.json cannot be read .*expected a JSON object.*mend it"):
+            work()
+    assert info.read_bytes() == content
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dataset_info.json", "geo3k"]
+
+
+def _enlist(numbers: list[int], folder: str) -> None:
+    for number in numbers:
+        dataset_info.enlist(Path(folder), f"set{number}", "all")
+
+
+def test_sets_that_are_finished_at_once_are_all_named(tmp_path):
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all/part-00000-000.parquet").touch()
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_enlist, args=(list(range(first, 60, 3)), str(tmp_path))) for first in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert set(json.loads((tmp_path / "dataset_info.json").read_text())) == {f"set{number}" for number in range(60)}

@@ -61,12 +61,37 @@ def test_a_references_final_answer(text, expected):
         ("First A looks right, but no.\n\nThe answer is **B**.", Final("option", "B")),
         (r"so $x = 3$ and $\boxed{7}$", Final("number", Fraction(7))),
         ("It is <|begin_of_box|>12<|end_of_box|>, not 13.", Final("number", Fraction(12))),
-        ("The answer is 3. Wait. The answer is 4.", Final("number", Fraction(4))),
+        ("The answer is 4, so to say in words, four.\n\nThe answer is 4.", Final("number", Fraction(4))),
         ("故选C", Final("option", "C")),
+        ("综上所述，答案是 D。", Final("option", "D")),
+        (r"$\boxed{7}$, that is, $\boxed{7}$", Final("number", Fraction(7))),
+        ("(C) the red ball", Final("option", "C")),
+        ("So the answer is B (the red ball).", Final("option", "B")),
+        ("So the answer is **C** because it is red.", Final("option", "C")),
         ("42", Final("number", Fraction(42))),
         ("The answer is 5 cm", None),
         ("The answer is a dog", None),
         ("A dog sleeps on the mat", None),
+        # What a pattern cannot be sure of is for the judge.
+        ("The answer is 3. Wait. The answer is 4.", None),
+        (r"First $\boxed{3}$, then $\boxed{4}$", None),
+        ("不选A。", None),
+        ("这里不能选A。", None),
+        ("应选B，而不选A。", None),
+        ("选A是错误的", None),
+        ("The wrong answer is 7.", None),
+        ("It is not the case that the answer is 7.", None),
+        ("If only red balls count, the answer is 3.", None),
+        ("One could think the answer is A.", None),
+        ("The answer is A, but the figure shows another.", None),
+        ("The answer is A. The figure shows B, though.", None),
+        ("So the answer is 3?", None),
+        ("The answer is 3. The other box holds 4.", None),
+        ("A. is wrong, B. is right", None),
+        ("A. false\nB. true", None),
+        ("The answer is A dog", None),
+        ("The answer is A-frame.", None),
+        ("The answer is A, C.", None),
     ],
 )
 def test_the_final_answer_that_a_text_states(text, expected):
@@ -104,6 +129,8 @@ def test_wrong_final_answer():
         ("12", "There are twelve of them."),  # for the judge
         ("A red ball", "The answer is C."),  # for the judge
         ("12.0", r"\boxed{12}"),
+        ("B", "应选B，而不选A。"),
+        ("5", "The answer is 5.\n\nNote that a common wrong answer is 7"),
     ]:
         assert filters.wrong_final_answer(reference, answer) is None
 
@@ -129,6 +156,24 @@ def test_guesswork():
     assert "guess" in filters.guesswork(f"{THOUGHT} The rest cannot be read. I'll just guess B.")
     assert filters.guesswork(f"{THOUGHT} 看不清，只能猜一个。")
     assert filters.guesswork(THOUGHT) is None
+    for decided in (
+        "I guess the answer is 4.",
+        "So B, I guess.",
+        "I will pick one at random.",
+        "I guess it's B.",
+        "瞎猜B",
+    ):
+        assert (filters.guesswork(f"{THOUGHT} {decided}") or "").startswith("its thought ends with"), decided
+    for reasoned in (
+        "I guess the question asks for the sum, so the sum is 3 + 4 = 7.",
+        "One could just guess, but counting gives five.",
+        "I don't have to guess the answer here, since all are in view.",
+        "If we pick one at random, it is red in three of five cases.",
+        "A random guess is right in one of four cases.",
+        "从袋中随机选一个球，是红球的概率是五分之三。",
+        "I guess the answer is 4. Let me count again: there are five.",
+    ):
+        assert filters.guesswork(f"{THOUGHT} {reasoned}") is None, reasoned
     assert filters.guesswork(f"A first guess would be four, but counting helps. {THOUGHT * 5}") is None
 
 
@@ -139,6 +184,14 @@ def test_contradiction():
     )
     assert filters.contradiction(f"{THOUGHT} So the answer is B.", "The answer is B.") is None
     assert filters.contradiction(THOUGHT, "The answer is B.") is None  # the thought states none: for the judge
+    assert filters.contradiction(f"{THOUGHT}所以答案是C。", "答案是B") == "the thought says C, the answer B"
+    for thought, answer in [
+        ("图中有三个红球，两个绿球，所以答案是B，不选A。", "答案是B"),
+        ("We could be tempted to say the answer is A, but the figure shows B, so B it is.", "The answer is B."),
+        (f"One could say, {'very ' * 90} quickly that the answer is A.", "The answer is B."),
+        ("The answer is A. No: looked at closely, the figure shows B.", "The answer is B."),
+    ]:
+        assert filters.contradiction(thought, answer) is None
 
 
 def test_language_mixing():
@@ -186,7 +239,8 @@ def test_rules_name_the_filter_and_counts_hold_all_six():
         filters.WRONG_FINAL_ANSWER: (*good[:2], THOUGHT, "The answer is 9."),
     }
     assert {name: filters.by_rules(*case)[0] for name, case in cases.items()} == {name: name for name in cases}
-    assert filters.counted({filters.GUESSWORK: 3, "judged poor": 2}) == {
+    drops = {filters.GUESSWORK: 3, "judged poor": 2}
+    assert filters.counted(drops, evaluated=True) == {
         "wrong final answer": 0,
         "heavy repetition": 0,
         "guesswork without reasoning": 3,
@@ -194,6 +248,11 @@ def test_rules_name_the_filter_and_counts_hold_all_six():
         "language mixing": 0,
         "near-copy of an evaluation item": 0,
     }
+    # Without evaluation sets nothing was compared with them, and "0" would say that none was found.
+    without = filters.counted(drops, evaluated=False)
+    assert without == {name: n for name, n in filters.counted(drops, evaluated=True).items() if name in without}
+    assert "near-copy of an evaluation item" not in without
+    assert len(without) == 5
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,7 @@ def make_model(folder: Path, size: str) -> Path:
 
 def make_data(folder: Path, stage: str, samples: int, shrink: int = 1) -> Path:
     """`samples` rows of the record format as one set; pictures and texts `shrink` times smaller."""
+    from qwen_merge.data.dataset_info import enlist
     from qwen_merge.data.schema import Record
     from qwen_merge.data.shards import ShardWriter
 
@@ -112,13 +113,7 @@ def make_data(folder: Path, stage: str, samples: int, shrink: int = 1) -> Path:
             turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             writer.add(Record(turns, image))
         writer.close()
-    entry = {
-        "file_name": SET,
-        "formatting": "sharegpt",
-        "columns": {"messages": "messages", "images": "images"},
-        "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
-    }
-    (folder / "dataset_info.json").write_text(json.dumps({SET: entry}), encoding="utf-8")
+    enlist(folder, SET, SET)
     return folder
 
 

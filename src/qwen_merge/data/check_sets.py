@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qwen_merge.data.dataset_info import NAME
 from qwen_merge.data.manifest import Manifest
 from qwen_merge.errors import UserError
-
-INFO = "dataset_info.json"
 
 
 @dataclass
@@ -63,7 +62,7 @@ class SetFiles:
 
 def find_sets(names: list[str], dataset_dir: str) -> tuple[list[SetFiles], list[str]]:
     """Each named set, and what is wrong with dataset_info.json itself."""
-    path = Path(dataset_dir) / INFO
+    path = Path(dataset_dir) / NAME
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(info, dict):
@@ -111,7 +110,7 @@ def find_set(name: str, dataset_dir: str) -> SetFiles:
     """A set that dataset_info.json names. Every defect is in its `problems`."""
     from llamafactory.data.parser import get_dataset_list
 
-    path = Path(dataset_dir) / INFO
+    path = Path(dataset_dir) / NAME
     defects = _defects(json.loads(path.read_text(encoding="utf-8"))[name])
     if defects:
         return SetFiles(name, problems=[f"{name}: its entry in {path} cannot be used: {'; '.join(defects)}."])
@@ -195,7 +194,7 @@ def _read_footers(result: SetFiles, files: list[Path]) -> None:
         missing = [column for column in result.columns if column not in schema.names]
         if missing:
             result.problems.append(
-                f"{result.name}: {file.name} has the columns {', '.join(schema.names)}; {INFO} says "
+                f"{result.name}: {file.name} has the columns {', '.join(schema.names)}; {NAME} says "
                 f"{', '.join(missing)} too."
             )
             continue

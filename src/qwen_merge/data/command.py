@@ -32,7 +32,7 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     add_convert_options(convert)
     convert.set_defaults(run=_convert)
 
-    sets = steps.add_parser("sets", help="the sets that can be converted, and where they come from")
+    sets = steps.add_parser("sets", help="the sets, where they come from, and what is there of them")
     sets.add_argument("--output", type=Path, default=Path("data"), help="say what is there (default: %(default)s)")
     sets.set_defaults(run=_sets)
 

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwen_merge.data import conversations, rows, sample, sources
+from qwen_merge.data import conversations, dataset_info, rows, sample, sources
 from qwen_merge.data.counts import Counts
 from qwen_merge.data.disk import told
-from qwen_merge.data.manifest import Manifest
+from qwen_merge.data.manifest import Manifest, package_versions
 from qwen_merge.data.progress import Progress
 from qwen_merge.data.schema import Record
 from qwen_merge.data.sets import SETS, PublicSet, find_sets, input_folder
@@ -48,7 +48,8 @@ class Options:
 
     def to_json(self, entry: PublicSet, local: sources.Source | None) -> dict:
         recorded = {
-            "input": str(self.input) if self.input else None,
+            # Not the way to the files, which may be written in many ways: their names are below, their content in the
+            # journal and in the manifest.
             "revision": self.revision,
             "max_rows": self.maximum(entry),
             "limit": self.limit,
@@ -74,8 +75,10 @@ def convert(
     """Convert one set into `<output>/<file_name>/`; None when it was finished already.
 
     Raises:
-        UserError: the state on disk asks for --resume or --overwrite; a source or an option is wrong.
+        UserError: the state on disk asks for --resume or --overwrite; a source or an option is wrong; the output's
+            dataset_info.json is broken.
     """
+    dataset_info.read(output)
     with told(output / entry.file_name), Workspace(output, entry.file_name) as space:
         local = sources.local_source(options.input, entry.split) if options.input else None
         recorded = options.to_json(entry, local)
@@ -83,12 +86,14 @@ def convert(
         if state is State.FINISHED:
             if problem := _other_files(output, entry, local):
                 raise UserError(problem)
+            dataset_info.enlist(output, entry.name, entry.file_name)
             say(f"{entry.name}: finished already, nothing to do")
             return None
         source = local or _hub_source(entry, options, space)
         _same_files(source, options, space)
         manifest = _convert(entry, source, options, recorded, space, engine, workers, say)
         space.finish(manifest)
+        dataset_info.enlist(output, entry.name, entry.file_name)
         say(summary(manifest))
         return manifest
 
@@ -131,6 +136,8 @@ def _convert(
         sample.draw(plan, units, maximum, space, engine, workers, say)
 
     done = {line["converted"]: line for line in space.journal.entries() if "converted" in line}
+    # Whether there is a sample depends on the rows of all files, of which those still to do may have been mended.
+    done = {unit: line for unit, line in done.items() if line.get("sampled", plan["sampled"]) == plan["sampled"]}
     done = {unit: line for unit, line in done.items() if space.has(ShardInfo(**shard) for shard in line["shards"])}
     progress = Progress(entry.name, "converted", units, len(done), say)
 
@@ -161,6 +168,7 @@ def _convert(
         seed=options.seed,
         counts=counts,
         shards=shards,
+        versions=package_versions(*(["imagehash"] if plan["index"] else [])),
         extra=extra,
     )
 
@@ -193,6 +201,7 @@ def convert_unit(unit: dict) -> dict:
         shards = writer.close()
     return {
         "converted": unit["unit"],
+        "sampled": unit["sampled"],
         "counts": counts.to_json(),
         "shards": [shard.to_json() for shard in shards],
         "pictures": seen,
@@ -226,7 +235,8 @@ def _other_files(output: Path, entry: PublicSet, local: sources.Source | None) -
 
 
 def _same_files(source: sources.Source, options: Options, space: Workspace) -> None:
-    """Note in the journal which files are read, and that those of the units that are done are still the same.
+    """Note in the journal which files are read, and that those of the units that are done are still the same: drawn
+    from, or converted. A sample from one version of a file would take other rows of the next.
 
     Raises:
         UserError: one is not.
@@ -239,7 +249,7 @@ def _same_files(source: sources.Source, options: Options, space: Workspace) -> N
     done = set()
     for line in space.journal.entries():
         before = line.get("files", before)
-        done.add(line.get("converted"))
+        done |= {line.get("drawn"), line.get("converted")}
     if before is None:
         space.journal.append({"files": files})
         return
@@ -247,7 +257,7 @@ def _same_files(source: sources.Source, options: Options, space: Workspace) -> N
     changed = [file["file"] for file in read if file not in before]
     if changed:
         raise UserError(
-            f"{space.final}: {len(changed)} files of --input were converted and have changed since, such as "
+            f"{space.final}: {len(changed)} files of --input were read and have changed since, such as "
             f"{changed[0]}. Bring them back to go on with --resume, or give --overwrite to start anew."
         )
     if files != before:

@@ -31,10 +31,11 @@ import hashlib
 import io
 import json
 import math
-import os
 import re
 import unicodedata
 import warnings
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -44,6 +45,7 @@ import imagehash
 import numpy as np
 from PIL import Image
 
+from qwen_merge.data.journal import write_whole
 from qwen_merge.errors import UserError
 
 DISTANCE = 4  # bits of 64
@@ -248,15 +250,21 @@ class Index:
         """Write the index, complete or not at all, so that many workers need not hash the same pictures again."""
         arrays = {name: getattr(self, name) for name in _ARRAYS}
         words = {"distance": self.distance, "names": self.names, "summary": self.summary}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.npz")
-        np.savez(temporary, words=np.frombuffer(json.dumps(words).encode(), np.uint8), **arrays)
-        os.replace(temporary, path)
+        texts = np.frombuffer(json.dumps(words).encode(), np.uint8)
+        write_whole(path, lambda file: np.savez(file, words=texts, **arrays))
 
     @classmethod
     def load(cls, path: Path) -> "Index":
-        """Read what `save` wrote."""
-        with np.load(path, allow_pickle=False) as file:
-            return cls(**json.loads(file["words"].tobytes()), **{name: file[name] for name in _ARRAYS})
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file is torn or something else; OSError: it cannot be read.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return cls(**json.loads(file["words"].tobytes()), **{name: file[name] for name in _ARRAYS})
+        except (EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"{path} is no evaluation index: {error!r}") from error
 
 
 _ARRAYS = ("exact", "coarse", "fine", "flags", "picture_owner", "runs", "run_owner", "lengths")

@@ -9,8 +9,10 @@ or each batch of them, is forced to the disk before it returns.
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from qwen_merge.data.disk import refusal
 from qwen_merge.errors import UserError
@@ -104,6 +106,26 @@ def _end_of_last_line(file: int) -> int:
             return start + newline + 1
         end = start
     return 0
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file that a journal's line may vouch for: complete and on the disk, or not there at all.
+
+    Args:
+        write: given the open file. Two processes may write the same path, for a lost worker's unit is done again.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
 
 
 def sync_directory(directory: Path) -> None:

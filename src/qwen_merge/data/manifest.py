@@ -8,13 +8,12 @@ import importlib.metadata
 import json
 import os
 import platform
-from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from qwen_merge.data.counts import Counts
 from qwen_merge.data.disk import told
-from qwen_merge.data.journal import sync_directory
+from qwen_merge.data.journal import write_whole
 from qwen_merge.data.shards import ShardInfo
 from qwen_merge.errors import UserError
 
@@ -122,21 +121,10 @@ def write_json(path: Path, data: object) -> None:
     Raises:
         UserError: the disk is full, or the folder cannot be made or written to.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    text = json.dumps(data, ensure_ascii=False, indent=1) + "\n"
     with told(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                json.dump(data, file, ensure_ascii=False, indent=1)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except OSError:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
-        sync_directory(path.parent)
+        write_whole(path, lambda file: file.write(text.encode()))
 
 
 def require_writable(path: Path) -> None:

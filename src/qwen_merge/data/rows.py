@@ -79,13 +79,19 @@ def place_of(unit: dict, number: int, row: dict) -> str:
 
 
 def save_index(paths: list[Path], folder: Path) -> str | None:
-    """The evaluation sets to keep out, read once, for all workers to load; None without any."""
+    """The evaluation sets to keep out, read once, for all workers to load; None without any.
+
+    An index that was saved before is used if it loads.
+    """
     if not paths:
         return None
     from qwen_merge.data.decontaminate import Index
 
     path = folder / "evaluation-index"
-    if not path.is_file():
+    load_index.cache_clear()  # of this very path, before --overwrite
+    try:
+        load_index(str(path))
+    except (OSError, ValueError):
         Index.read(paths).save(path)
     return str(path)
 

@@ -3,12 +3,12 @@
 Every row that its text makes eligible gets a number from its place and the seed (a hash), and the rows with the
 smallest are taken. The first pass reads text only (parquet lets it skip the pictures), the second converts. The same
 rows are drawn whatever the number of workers. A sampled row whose picture turns out broken is dropped, not replaced.
+What was drawn lies in files; one that does not load when a set is resumed, after a power cut perhaps, is made again.
 
     qwen-merge data convert LLaVA_ReCap_CC12M --max-rows 2000000
 """
 
 import hashlib
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from qwen_merge.data import conversations, rows
 from qwen_merge.data.disk import told
+from qwen_merge.data.journal import write_whole
 from qwen_merge.data.progress import Progress
 from qwen_merge.data.sets import SETS
 from qwen_merge.data.units import run_units
@@ -57,9 +58,16 @@ def draw(
     say: Callable[[str], None],
 ) -> None:
     """Find the priority up to which rows are taken, and note it in the journal. Memory: some 50 bytes a row taken."""
-    if any("threshold" in line for line in space.journal.entries()):
+    lines = space.journal.read()
+    if any("threshold" in line for line in lines) and all(
+        _load(_chosen_path(space.folder, unit)) is not None for unit in range(units)
+    ):
         return
-    done = {line["drawn"] for line in space.journal.entries() if "drawn" in line}
+    done = {
+        line["drawn"]
+        for line in lines
+        if "drawn" in line and _load(_drawn_path(space.folder, line["drawn"]), line["eligible"]) is not None
+    }
     progress = Progress(plan["set"], "looked through", units, len(done), say)
 
     def finished(result: dict) -> None:
@@ -95,7 +103,14 @@ def chosen(folder: Path, unit: int) -> set[int]:
 
 
 def _save(path: Path, array: np.ndarray) -> None:
-    temporary = path.with_name(f".{path.name}.{time.monotonic_ns()}.npy")
     with told(path):
-        np.save(temporary, array)
-        temporary.replace(path)
+        write_whole(path, lambda file: np.save(file, array))
+
+
+def _load(path: Path, rows: int | None = None) -> np.ndarray | None:
+    """What `_save` wrote; None if the file is missing, torn, or has not that many rows."""
+    try:
+        array = np.load(path)
+    except (OSError, EOFError, ValueError):
+        return None
+    return array if rows in (None, len(array)) else None

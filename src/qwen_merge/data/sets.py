@@ -1,5 +1,7 @@
 """The public sets as data: where each comes from, what its rows look like, and its name in dataset_info.json.
 
+The distilled ones, which are made of the others and of a teacher's answers, are named here too, to be listed.
+
     qwen-merge data sets        prints them
 
 A set can be named by its own name, by its configuration on the hub, or by a group: recap, synthdog, onevision.
@@ -98,6 +100,8 @@ SETS = {
     )
 }
 GROUPS = ("recap", "synthdog", "onevision")
+# What is distilled: the name, which is its folder's, and the command that makes it.
+DISTILLED = {"text2image": "qwen-merge data text2image", "image_thinking": "qwen-merge data image-thinking"}
 
 
 def find_sets(names: list[str]) -> list[PublicSet]:
@@ -128,6 +132,9 @@ def find_sets(names: list[str]) -> list[PublicSet]:
 
 def _suggestion(name: str) -> str:
     import difflib
+
+    if name in DISTILLED:
+        return f" (`{DISTILLED[name]}` makes it)"
 
     close = difflib.get_close_matches(name.lower(), [known.lower() for known in SETS], 1, 0.7)
     return f" (do you mean {next(known for known in SETS if known.lower() == close[0])}?)" if close else ""
@@ -166,24 +173,29 @@ def _folders(entry: PublicSet) -> list[str]:
 
 
 def describe(output: Path) -> str:
-    """A line for each set: name, source, maximum, and what lies in `output`."""
-    from qwen_merge.data.manifest import Manifest
-
+    """A line for each set: name, what lies in `output`, group, source, maximum."""
     lines = []
     for entry in SETS.values():
         source = f"{entry.hub}{f', {entry.config}' if entry.config else ''}"
-        manifest = output / f"{entry.file_name}.manifest.json"
-        folder = output / entry.file_name
-        if manifest.is_file():
-            try:
-                state = f"{Manifest.read(manifest).counts.rows_out:,} rows"
-            except UserError:
-                state = f"{manifest.name} is broken"
-        else:
-            state = "half done" if folder.with_name(f".{folder.name}.working").is_dir() else "-"
         maximum = f"at most {entry.maximum:,} rows" if entry.maximum else ""
-        lines.append((entry.name, state, entry.group, source, maximum))
+        lines.append((entry.name, _state(output / entry.file_name), entry.group, source, maximum))
+    for name, command in DISTILLED.items():
+        lines.append((name, _state(output / name), "distilled", f"made by `{command}`", ""))
     widths = [max(len(line[column]) for line in lines) for column in range(4)]
     return "\n".join(
         "  ".join(text.ljust(width) for text, width in zip(line, (*widths, 0), strict=True)).rstrip() for line in lines
     )
+
+
+def _state(folder: Path) -> str:
+    """What there is of a set: its rows, or how far it is."""
+    from qwen_merge.data.manifest import Manifest
+
+    manifest = folder.with_name(f"{folder.name}.manifest.json")
+    if manifest.is_file():
+        try:
+            return f"{Manifest.read(manifest).counts.rows_out:,} rows"
+        except UserError:
+            return f"{manifest.name} is broken"
+    begun = (folder.with_name(f".{folder.name}.working"), folder.with_name(f"{folder.name}.answers"))
+    return "half done" if any(path.is_dir() for path in begun) else "-"

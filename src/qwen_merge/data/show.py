@@ -125,7 +125,7 @@ def _recipe_of(name: str) -> Path | None:
 
 
 def _find(name: str, folder: Path) -> check_sets.SetFiles:
-    info = folder / check_sets.INFO
+    info = folder / check_sets.NAME
     try:
         names = json.loads(info.read_text(encoding="utf-8")) if info.is_file() else {}
         if not isinstance(names, dict):

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwen_merge.data import dataset_info
 from qwen_merge.data.counts import Counts
 from qwen_merge.data.image_thinking import SET
 from qwen_merge.data.image_thinking.answer import Answer, checked, judgement
@@ -97,8 +98,9 @@ def judge(options: JudgeOptions, servers: Servers, overwrite: bool = False) -> S
     """Ask for the verdicts; None when they were all there.
 
     Raises:
-        UserError: the answers are not all there; see run_step().
+        UserError: the answers are not all there; the output's dataset_info.json is broken; see run_step().
     """
+    dataset_info.read(options.output)
     file = answers_file(options.source)
     done = check_missing(file, ASK, options.accept_missing)
     check_same(done, "samples", drawn_content(options.source), ASK)
@@ -159,9 +161,11 @@ def write(options: JudgeOptions, overwrite: bool = False) -> Manifest | None:
     }
     with Workspace(options.output, SET) as space:
         if space.begin(recorded, resume=True, overwrite=overwrite or _may_replace(space, recorded)) is State.FINISHED:
+            dataset_info.enlist(options.output, SET, SET)
             return None
         manifest = _write(options, recorded, space)
         space.finish(manifest)
+        dataset_info.enlist(options.output, SET, SET)
     return manifest
 
 
@@ -207,6 +211,7 @@ def _write(options: JudgeOptions, recorded: dict[str, Any], space: Workspace) ->
             of_set[sample.set] += 1
         shards = writer.close()
     drops = {reason: entry["rows"] for reason, entry in counts.drops.items()}
+    evaluated = bool(recorded["asked"].get("decontaminate"))
     return Manifest(
         name=SET,
         source=", ".join(line["id"] for line in lines),
@@ -215,9 +220,9 @@ def _write(options: JudgeOptions, recorded: dict[str, Any], space: Workspace) ->
         seed=recorded["asked"]["seed"],
         counts=counts,
         shards=shards,
-        versions=package_versions("openai"),
+        versions=package_versions("openai", *(["imagehash"] if evaluated else [])),
         extra={
-            "filters": filters.counted(drops),
+            "filters": filters.counted(drops, evaluated),
             "sets": {
                 line["id"]: {key: line[key] for key in ("seen", "eligible", "unfit", "several_turns")}
                 | {"drawn": line["counts"]["rows_in"], "rows_out": of_set[line["id"]]}

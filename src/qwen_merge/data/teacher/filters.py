@@ -8,7 +8,7 @@ what they drop: a doubtful answer goes to the judge.
 
 | filter               | rule                                                   | judge                       |
 |----------------------|--------------------------------------------------------|-----------------------------|
-| wrong final answer   | letters, numbers, yes and no that differ               | "final_answer_correct"      |
+| wrong final answer   | letters, numbers, yes and no, stated once, that differ | "final_answer_correct"      |
 | heavy repetition     | loops, and long texts made of copies                   |                             |
 | guesswork            | hardly any thought, or one that ends in a guess        | "guesswork"                 |
 | contradiction        | thought and summary that state different final answers | "contradiction"             |
@@ -20,7 +20,16 @@ import re
 from collections import Counter
 from typing import Protocol
 
-from qwen_merge.data.teacher.texts import finals_agree, languages, reference_final, stated_final
+from qwen_merge.data.teacher.texts import (
+    denied,
+    finals_agree,
+    languages,
+    reference_final,
+    sentence_start,
+    stated_final,
+    supposed,
+    taken_back,
+)
 
 WRONG_FINAL_ANSWER = "wrong final answer"
 HEAVY_REPETITION = "heavy repetition"
@@ -38,11 +47,15 @@ COPY_GRAM = 13  # words
 COPY_SHARE = 0.4  # of a text's runs of 13 words, that were there before
 COPY_WORDS = 150  # a shorter text is not judged by its share
 LEAST_THOUGHT = 8  # words
+# A guess that decides. Not "I guess the question asks for the sum", and not "pick one ball at random": that is a task.
 _GUESS = re.compile(
-    r"\b(?:i(?:'ll| will| would| can only|'d)? (?:just |simply |have to )?(?:take a )?guess\b"
-    r"|(?:just|only|wild|random) guess"
-    r"|(?:pick|choose|select)(?:ing)? (?:one )?(?:at random|randomly)|randomly (?:pick|choose|select))"
-    r"|(?:随便|随机)(?:选|猜)|瞎猜|只能猜|蒙一个|猜一个",
+    r"\bi(?:['’]ll| will| have to| must| can only|['’]m going to| need to)? "
+    r"(?:(?:just |simply |only )?(?:take a (?:wild |random )?guess\b"
+    r"|(?:pick|choose|select) (?:one )?(?:at random|randomly)|randomly (?:pick|choose|select|guess))"
+    r"|(?:just |simply |only )?guess(?:,? (?:that )?(?:the )?(?:correct |final |right )?(?:answer|option|choice)\b"
+    r"|(?:,? (?:it(?:['’]s| is) )?\(?(?:[A-J]|-?\d[\d.,]*|yes|no)\)?)?[.!]?\s*\Z))"
+    r"|\bi(?:['’]ll| will| have to| must| can only|['’]m going to) (?:just |simply |only )?guess\b"
+    r"|(?:只能|只好|就)(?:随便|随机)(?:选|猜)|瞎猜|只能猜|蒙一个|猜一个(?=答案|选项|吧|[。！!]|\Z)",
     re.IGNORECASE,
 )
 _END = 400  # characters: where a thought says how it decides
@@ -90,13 +103,22 @@ def guesswork(thought: str) -> str | None:
     words = len(_WORDS.findall(thought))
     if words < LEAST_THOUGHT:
         return f"a thought of {words} word(s)"
-    match = _GUESS.search(thought[-_END:])
-    return f"its thought ends with {match[0]!r}" if match else None
+    for match in _GUESS.finditer(thought, _end_of(thought)):
+        if not (
+            denied(thought, match.start()) or supposed(thought, match.start()) or taken_back(thought[match.end() :])
+        ):
+            return f"its thought ends with {match[0]!r}"
+    return None
+
+
+def _end_of(thought: str) -> int:
+    """Where the last sentences of a thought begin; whole ones, for their first words may be "one could say"."""
+    return sentence_start(thought, max(0, len(thought) - _END))
 
 
 def contradiction(thought: str, answer: str) -> str | None:
     """The thought's conclusion and the answer state different final answers."""
-    concluded, given = stated_final(thought[-_END:]), stated_final(answer)
+    concluded, given = stated_final(thought[_end_of(thought) :]), stated_final(answer)
     if concluded is None or given is None or finals_agree(concluded, given) is not False:
         return None
     return f"the thought says {_shown(concluded.value)}, the answer {_shown(given.value)}"
@@ -155,10 +177,14 @@ def by_rules(question: str, reference: str, thought: str, answer: str) -> tuple[
     return next(((name, seen) for name, seen in checks if seen), None)
 
 
-def counted(drops: dict[str, int]) -> dict[str, int]:
-    """The six filters' counts, the zeros too, for the manifest."""
+def counted(drops: dict[str, int], evaluated: bool) -> dict[str, int]:
+    """The six filters' counts, the zeros too, for the manifest.
+
+    Args:
+        evaluated: whether evaluation sets were given. Without them nothing was looked for, which is no count of 0.
+    """
     found = Counter(drops)
-    return {name: found[name] for name in FILTERS}
+    return {name: found[name] for name in FILTERS if name != NEAR_COPY or evaluated}
 
 
 def _shown(value: object) -> str:

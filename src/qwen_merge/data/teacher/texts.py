@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from qwen_merge.evaluation.thoughts import boxed
+from qwen_merge.evaluation.thoughts import BOX, boxed
 
 _MEDIA = re.compile(r"<(?:image|video|audio)>")
 _CONTROL = re.compile(r"<\|[A-Za-z0-9_]{1,40}\|>|</?(?:think|tool_call|tool_response)>")
@@ -84,9 +84,29 @@ _OPTION_AND_TEXT = re.compile(r"(?:\(([A-J])\)|([A-J])[.:)])\s+\S.*", re.DOTALL)
 _NUMBER = re.compile(r"([-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?|[-+]?\d+(?:\.\d+)?|[-+]?\.\d+)(?:\s*/\s*(\d+))?\s*(%?)")
 _YES = re.compile(r"(yes|true|no|false|是|否|对|错|正确|错误)", re.IGNORECASE)
 _TRUE = ("yes", "true", "是", "对", "正确")
+# Not the 选 of 不选B; 不能选, 不应该选 and the like are found by denied().
 _SAYS = re.compile(
-    r"(?:(?:final |correct )?(?:answer|option|choice)\s*(?:is|:|=)|答案\s*(?:是|为|：|:|选)|故选|应选|选择|选)"
-    r"\s*[:：]?\s*",
+    r"(?:(?:final |correct )?(?:answer|option|choice)\s*(?:is|:|=)|答案\s*(?:是|为|：|:|选)"
+    r"|(?<![不未没勿别])(?:故选|应选|选择|选))\s*[:：]?\s*",
+    re.IGNORECASE,
+)
+# Sentences end in these; a full stop only before white space, for "3.5" has one too.
+_STOP = re.compile(r"[。！？!?；;\n]|\.(?=\s|\Z)")
+_CLAUSE = re.compile(r"[，,、：:]|[。！？!?；;\n]|\.(?=\s|\Z)")
+_DENIED = re.compile(
+    r"\b(?:not|never|nor|cannot|without|wrong|incorrect|false|mistaken|instead of|rather than|no need)\b|n['’]t\b"
+    r"|[不未没勿别非错误]",
+    re.IGNORECASE,
+)
+_SUPPOSED = re.compile(
+    r"\b(?:if|unless|whether|suppose|supposing|assum\w+|imagine|may|might|could|would|tempt\w+|say|claim\w*|think"
+    r"|thought|seems?|looks?|appears?|first|initially|maybe|perhaps|possibly|common|typical|mistake|trap)\b"
+    r"|如果|假如|假设|若|要是|可能|也许|或许|以为|误|乍看|看似|看起来|常见|陷阱",
+    re.IGNORECASE,
+)
+_TAKEN_BACK = re.compile(
+    r"\b(?:but|however|wait|actually|instead|rather|although|though|except|unless|wrong|incorrect|not|never|correction"
+    r"|hmm|let me|let's|again|otherwise)\b|n['’]t\b|[?？不没错误]|但|然而|可是|等等|等一下|其实|而是|或者|重新|再看",
     re.IGNORECASE,
 )
 
@@ -127,25 +147,91 @@ def reference_final(text: str) -> Final | None:
 
 
 def stated_final(text: str) -> Final | None:
-    r"""The final answer that a longer text states: in a box, or alone, or behind its last "the answer is".
+    r"""The final answer that a longer text states: in a box, or alone, or behind "the answer is".
 
-    `\boxed{…}` and GLM's `<|begin_of_box|>…<|end_of_box|>` both count; an answer that is put otherwise gives None.
+    `\boxed{…}` and GLM's `<|begin_of_box|>…<|end_of_box|>` both count. None for an answer that is put otherwise, and
+    for one of which a pattern cannot be sure: stated twice and differently, denied, supposed, or taken back afterwards.
     """
     if marks := _BOXED_BY_MARKS.findall(text):
-        return reference_final(marks[-1])
-    inner = boxed(text)
-    if inner != text:
-        return reference_final(inner)
-    if alone := reference_final(text.strip()):
+        return _one({reference_final(mark) for mark in marks})
+    if boxes := _boxes(text):
+        return _one({reference_final(box) for box in boxes})
+    if alone := final_of(text) or _option_with_its_text(text):
         return alone
-    said = list(_SAYS.finditer(text))
-    if not said:
+    said = [(match, final) for match in _SAYS.finditer(text) if (final := _said(text, match))]
+    final = _one({final for _, final in said})
+    if final is None:
         return None
-    rest = text[said[-1].end() :].strip()
-    line = rest.split("\n", 1)[0].strip()
-    if match := re.fullmatch(r"\**\s*[(\[]?([A-J])[)\]]?\**(?:[.,:：。，;]?(?:\s.*)?)", line):
-        return Final("option", match[1])
-    return final_of(line)
+    sure = all(not supposed(text, match.start()) and not denied(text, match.start()) for match, _ in said)
+    rest = text[said[-1][0].end() :]
+    return final if sure and not taken_back(rest) and not _others(rest, final) else None
+
+
+def _one(finals: set[Final | None]) -> Final | None:
+    return finals.pop() if len(finals) == 1 else None
+
+
+def _boxes(text: str) -> list[str]:
+    """The contents of all boxes, the last first."""
+    found = []
+    while (inner := boxed(text)) != text:
+        found.append(inner)
+        text = text[: text.rfind(BOX)]
+    return found
+
+
+def _option_with_its_text(text: str) -> Final | None:
+    """Of an answer that is "B. a red ball" and no more."""
+    match = _OPTION_AND_TEXT.fullmatch(text.strip())
+    if match is None or "\n" in text.strip():
+        return None
+    final = Final("option", match[1] or match[2])
+    rest = text.strip()[2:]
+    return None if taken_back(rest) or _others(rest, final) else final
+
+
+def _said(text: str, match: re.Match[str]) -> Final | None:
+    """The final answer behind "the answer is", if that sentence says nothing else that a rule would have to read."""
+    rest = text[match.end() :].lstrip()
+    end = _STOP.search(rest)
+    sentence = rest[: end.start() if end else None].strip()
+    if end and end[0] in "?？":
+        return None
+    if option := re.match(
+        r"\**\s*[(\[]?([A-J])[)\]]?\**(?:\s*(?:\Z|[,:：，])|\s+(?:[(（—–-]|(?:because|since|as|for)\b))", sentence
+    ):
+        return Final("option", option[1])
+    return final_of(sentence)
+
+
+def _others(text: str, final: Final) -> bool:
+    """Whether a text has something else that might be the answer: another letter, another number."""
+    if final.kind == "option":
+        return any(letter != final.value for letter in re.findall(r"(?<![A-Za-z])[A-J](?![A-Za-z'’])", text))
+    if final.kind == "number":
+        return any((other := final_of(match[0].strip())) != final for match in _NUMBER.finditer(text) if match[0])
+    return any((other := final_of(word)) and other != final for word in re.findall(r"[A-Za-z]+|[是否对错]", text))
+
+
+def denied(text: str, position: int) -> bool:
+    """Whether the clause up to that position has a "not"."""
+    ends = [match.end() for match in _CLAUSE.finditer(text, 0, position)]
+    return _DENIED.search(text, ends[-1] if ends else 0, position) is not None
+
+
+def supposed(text: str, position: int) -> bool:
+    """Whether the sentence up to that position has an "if", "might", "one could think"."""
+    return _SUPPOSED.search(text, sentence_start(text, position), position) is not None
+
+
+def taken_back(rest: str) -> bool:
+    """Whether what comes after a statement may unsay it."""
+    return _TAKEN_BACK.search(rest) is not None
+
+
+def sentence_start(text: str, position: int) -> int:
+    """Where the sentence begins that holds a position."""
+    return max((match.end() for match in _STOP.finditer(text, 0, position)), default=0)
 
 
 def finals_agree(expected: Final, given: Final) -> bool | None:

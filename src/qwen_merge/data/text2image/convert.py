@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qwen_merge.data import dataset_info
 from qwen_merge.data.counts import Counts
 from qwen_merge.data.manifest import Manifest, package_versions
 from qwen_merge.data.schema import ASSISTANT, IMAGE_TAG, USER, Record
@@ -80,6 +81,7 @@ def convert(
     """
     from qwen_merge.data.render.fonts import describe
 
+    dataset_info.read(options.output)
     answers, verdicts = answers_file(options.source), verdicts_file(options.source)
     asked = check_missing(answers, ASK, options.accept_missing)
     judged = check_missing(verdicts, JUDGE, options.accept_missing)
@@ -99,6 +101,7 @@ def convert(
     }
     with Workspace(options.output, SET) as space:
         if space.begin(recorded, resume, overwrite) is State.FINISHED:
+            dataset_info.enlist(options.output, SET, SET)
             return None
         kept = _join(options, asked)
         manifest = _render(kept, options, recorded, space, engine, workers)
@@ -109,6 +112,7 @@ def convert(
             "requests": asked["requests"],
         }
         space.finish(manifest)
+        dataset_info.enlist(options.output, SET, SET)
     return manifest
 
 
