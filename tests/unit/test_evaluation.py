@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -24,8 +25,20 @@ REPOSITORY = Path(__file__).parents[2]
 def checkpoint(folder: Path, model_type: str = "qwen2_5_vl_merge", **config) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"model_type": model_type, **config}))
-    (folder / "model.safetensors").write_bytes(b"12345678")
+    weights(folder)
     return folder
+
+
+def weights(folder: Path, name: str = "model.safetensors", **changed: int) -> None:
+    """A large tensor in which a small one drowns, as a projector does in an LLM. `changed`: other values of them."""
+    import numpy
+    from safetensors.numpy import save_file
+
+    tensors = {"llm": (3000, 1000), "projector": (50, 50), "empty": (0, 4)}
+    save_file(
+        {tensor: numpy.full(shape, changed.get(tensor, 1), dtype=numpy.float16) for tensor, shape in tensors.items()},
+        folder / name,
+    )
 
 
 def document(path: Path, settings: Settings | None = None, backend: str = "transformers", judge: str | None = None):
@@ -72,7 +85,7 @@ def test_the_same_settings_go_on(tmp_path):
         (lambda d: d["settings"].update(temperature=0.0), "settings: temperature was 0.6, is 0.0"),
         (lambda d: d["settings"].update(min_pixels=1024), "settings: min_pixels was 1003520, is 1024"),
         (lambda d: d.update(backend="vllm"), "backend was 'transformers', is 'vllm'"),
-        (lambda d: d["checkpoint"].update({"bytes of model.safetensors": 9}), "bytes of model.safetensors was 8, is 9"),
+        (lambda d: d["checkpoint"].update({"sampled sha256 of the weights": "x"}), "sampled sha256 of the weights was"),
     ],
 )
 def test_other_settings_are_refused_under_reuse(tmp_path, change, named):
@@ -86,6 +99,46 @@ def test_other_settings_are_refused_under_reuse(tmp_path, change, named):
     assert "--work-dir" in str(refused.value)
     Records(tmp_path, "M", reuse=True).open("D", settings)  # the control: unchanged is taken
     Records(tmp_path, "M", reuse=True).open("other data set", other)  # and another data set is another number
+
+
+@pytest.mark.parametrize("changed", ["llm", "projector"])
+@pytest.mark.parametrize("file", ["model.safetensors", "model-00002-of-00002.safetensors"])
+def test_answers_of_another_stage_of_the_same_size_are_refused_under_reuse(tmp_path, changed, file):
+    before, after, copy = (checkpoint(tmp_path / name) for name in ("stage1", "stage2", "copy"))
+    for folder in (before, copy):
+        weights(folder, file)
+    weights(after, file, **{changed: 2})
+    sizes = [[(path.name, path.stat().st_size) for path in sorted(folder.iterdir())] for folder in (before, after)]
+    assert sizes[0] == sizes[1]
+    answered(tmp_path, document(before), reuse=False)
+    Records(tmp_path, "M", reuse=True).open("D", document(copy))  # the control: the same weights, elsewhere
+    with pytest.raises(UserError, match="sampled sha256 of the weights was"):
+        Records(tmp_path, "M", reuse=True).open("D", document(after))
+
+
+def test_the_fingerprint_reads_little_of_a_large_file(tmp_path, monkeypatch):
+    path = checkpoint(tmp_path / "m")
+    whole = (path / "model.safetensors").stat().st_size
+    read = 0
+
+    class Counting(io.FileIO):
+        def read(self, size=-1):
+            nonlocal read
+            content = super().read(size)
+            read += len(content)
+            return content
+
+    monkeypatch.setattr(records, "open", lambda file, mode: Counting(file), raising=False)
+    records.fingerprint(str(path))
+    # The header, four blocks of the large tensor, and the small one nearly whole.
+    assert 5 * records.SAMPLE_BYTES < read < 10 * records.SAMPLE_BYTES < whole / 100
+
+
+def test_half_a_file_of_weights_is_named(tmp_path):
+    path = checkpoint(tmp_path / "m") / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        records.fingerprint(str(path.parent))
 
 
 def test_another_judge_or_version_is_no_other_answer(tmp_path):

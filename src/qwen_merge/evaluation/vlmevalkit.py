@@ -96,8 +96,9 @@ def _configure(args: argparse.Namespace) -> None:
             model_type = model_type_of(path)
             if args.reuse and not args.config:  # entries of a --config may change settings: seen at the first answer
                 backend = "vllm" if args.use_vllm else "transformers"
+                now = document(name, path, model_type, backend, settings, args.judge)
                 for dataset in datasets:
-                    records.check(dataset, document(name, path, model_type, backend, settings, args.judge))
+                    records.check(dataset, now)
         if not args.reuse and os.environ.get("RANK", "0") == "0":
             for dataset in datasets:
                 if aside := records.set_aside(dataset):
