@@ -108,7 +108,7 @@ def server(untied, tmp_path_factory):
         "--max-model-len",
         str(CONTEXT),
         "--limit-mm-per-prompt",
-        '{"image": 2}',
+        '{"image": 2, "video": 1}',
     )
     running.wait()
     yield running
@@ -125,7 +125,19 @@ def png(size=(84, 84), colour=(200, 10, 40), mode="RGB") -> bytes:
     return file.getvalue()
 
 
+def jpeg(size, colour) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, colour).save(file, "JPEG")
+    return file.getvalue()
+
+
 PICTURE = data_url(png())
+# Frames of a video as vLLM takes them: JPEGs, of which the decoder gives the same pixels everywhere.
+FRAMES = [jpeg((84, 56), (30 * number, 200 - 20 * number, 90)) for number in range(8)]
+CLIP = {
+    "type": "video_url",
+    "video_url": {"url": "data:video/jpeg;base64," + ",".join(base64.b64encode(frame).decode() for frame in FRAMES)},
+}
 
 
 @pytest.fixture(scope="module")
@@ -319,6 +331,31 @@ BAD = {
         [PICTURE],
         {"mm_processor_kwargs": {"min_pixels": 4_000_000_000, "max_pixels": 4_000_000_000}},
         "min_pixels is 4000000000; expected 1 to 12,845,056 pixels",
+    ),
+    "patches of another size": ([PICTURE], {"mm_processor_kwargs": {"patch_size": 28}}, "patch_size cannot be set"),
+    "frames a patch": ([PICTURE], {"mm_processor_kwargs": {"temporal_patch_size": 1}}, "temporal_patch_size cannot be"),
+    "patches that are not merged": ([PICTURE], {"mm_processor_kwargs": {"merge_size": 1}}, "merge_size cannot be set"),
+    "a size behind another name": (
+        [PICTURE],
+        {"mm_processor_kwargs": {"images_kwargs": {"min_pixels": 4_000_000_000}}},
+        "images_kwargs cannot be set",
+    ),
+    "a size that is a number": ([PICTURE], {"mm_processor_kwargs": {"size": 5}}, "size is 5; expected an object"),
+    "a video in slow motion beyond all measure": (
+        [CLIP],
+        {"mm_processor_kwargs": {"fps": 1e-4}},
+        "fps is 0.0001; expected 0.001 to 240 frames a second",
+    ),
+    "a video that runs backwards": ([CLIP], {"mm_processor_kwargs": {"fps": -2}}, "fps is -2; expected 0.001 to 240"),
+    "a video of many hours": (
+        [CLIP],
+        {"mm_processor_kwargs": {"fps": 0.001}},
+        "the videos last 8,000 seconds; at most 2,048 are allowed",
+    ),
+    "frame rates of other videos": (
+        [CLIP],
+        {"mm_processor_kwargs": {"fps": [2, 2]}},
+        "2 value(s) for 1 video(s)",
     ),
     "a prompt that opens a picture and ends": (
         [],
