@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import wraps
 
-from qwen_merge.overlays.vllm import MODEL_TYPE
+from qwen_merge.overlays.vllm import MODEL_TYPE, clients
 
 PLACEHOLDERS = {
     "image": "<|vision_start|><|image_pad|><|vision_end|>",
@@ -41,27 +41,28 @@ def hook_placeholders() -> None:
 def hook_checks() -> None:
     """Check prompts for this kit's models before they are queued; safe to call again, other models keep vLLM's ways.
 
-    Symptom: a prompt that vLLM 0.9.1 lets through stops its V1 engine for everybody. `LLM`, in process, is not hooked:
+    Symptom: a prompt that vLLM 0.9.1 lets through stops its engine for everybody. `LLM`, in process, is not hooked:
     who calls it writes the prompts.
     """
-    from vllm.v1.engine.async_llm import AsyncLLM
+    for client in (*clients.of_v1(), *clients.of_v0()):
+        if "checks_prompts" not in client.generate.__dict__:
+            client.generate = _checking(client.generate)
 
-    original = AsyncLLM.generate
-    if "checks_prompts" in original.__dict__:
-        return
 
+def _checking(original):
     @wraps(original)
     def generate(self, prompt, *args, **kwargs):
-        config = self.model_config.hf_config
+        model_config = clients.model_config_of(self)
+        config = model_config.hf_config
         if config.model_type == MODEL_TYPE and isinstance(prompt, Mapping) and "prompt_token_ids" in prompt:
             check_tokens(config, prompt)
             if options := prompt.get("mm_processor_kwargs"):
-                largest = _largest_picture(self.model_config)
+                largest = _largest_picture(model_config)
                 check_processor_options(options, largest, _frames(prompt), _longest_videos(config))
         return original(self, prompt, *args, **kwargs)
 
     generate.__dict__["checks_prompts"] = True
-    AsyncLLM.generate = generate
+    return generate
 
 
 def check_tokens(config, prompt: Mapping) -> None:

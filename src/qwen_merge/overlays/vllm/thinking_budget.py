@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
-from qwen_merge.overlays.vllm import MODEL_TYPE
+from qwen_merge.overlays.vllm import MODEL_TYPE, clients
 
 OPTION = "thinking_budget"
 # The sentence of the Qwen3 report, in the form of Qwen3's model card: the thought it ends is never mid-sentence text
@@ -29,13 +29,12 @@ EARLY_STOP = (
 
 
 def hook() -> None:
-    """Teach vLLM's request class the option and its engine client what it means; safe to call again."""
+    """Teach vLLM's request class the option and its engine clients what it means; safe to call again."""
     from vllm.entrypoints.openai.protocol import ChatCompletionRequest
-    from vllm.v1.engine.async_llm import AsyncLLM
 
-    if "knows_thinking_budget" in AsyncLLM.generate.__dict__:
+    if "knows_thinking_budget" in ChatCompletionRequest.to_sampling_params.__dict__:
         return
-    to_sampling_params, generate = ChatCompletionRequest.to_sampling_params, AsyncLLM.generate
+    to_sampling_params = ChatCompletionRequest.to_sampling_params
     to_beam_search_params = ChatCompletionRequest.to_beam_search_params
 
     @wraps(to_sampling_params)
@@ -52,10 +51,19 @@ def hook() -> None:
             raise ValueError(f"{OPTION} cannot be combined with use_beam_search; leave one of them out.")
         return to_beam_search_params(self, *args, **kwargs)
 
+    to_sampling_params_with_budget.__dict__["knows_thinking_budget"] = True
+    ChatCompletionRequest.to_sampling_params = to_sampling_params_with_budget
+    ChatCompletionRequest.to_beam_search_params = to_beam_search_params_without_budget
+    for client in clients.of_v1():
+        client.generate = _keeping_budgets(client.generate)
+    for client in clients.of_v0():
+        client.generate = _refusing_budgets(client.generate)
+
+
+def _keeping_budgets(generate):
     @wraps(generate)
     def generate_within_budget(self, prompt, sampling_params, request_id, *args, **kwargs):
-        asked = OPTION in (sampling_params.extra_args or {})
-        if not asked or self.model_config.hf_config.model_type != MODEL_TYPE:
+        if not _asks(self, sampling_params):
             return generate(self, prompt, sampling_params, request_id, *args, **kwargs)
         budget = checked_budget(sampling_params)
 
@@ -65,9 +73,28 @@ def hook() -> None:
         return _within_budget(self, start, prompt, sampling_params, request_id, budget)
 
     generate_within_budget.__dict__["knows_thinking_budget"] = True
-    ChatCompletionRequest.to_sampling_params = to_sampling_params_with_budget
-    ChatCompletionRequest.to_beam_search_params = to_beam_search_params_without_budget
-    AsyncLLM.generate = generate_within_budget
+    return generate_within_budget
+
+
+def _refusing_budgets(generate):
+    """V0 makes its outputs in other ways. A budget that is silently not kept is worse than a refused one."""
+
+    @wraps(generate)
+    def generate_without_budget(self, prompt, sampling_params, *args, **kwargs):
+        if _asks(self, sampling_params):
+            raise ValueError(
+                f"{OPTION} needs vLLM's V1 engine, and this server runs the older V0. Leave it out, or start the "
+                "server without VLLM_USE_V1=0 and without options that V1 does not know (the server's log names them)."
+            )
+        return generate(self, prompt, sampling_params, *args, **kwargs)
+
+    generate_without_budget.__dict__["knows_thinking_budget"] = True
+    return generate_without_budget
+
+
+def _asks(client, params) -> bool:
+    asked = OPTION in (getattr(params, "extra_args", None) or {})
+    return asked and clients.model_config_of(client).hf_config.model_type == MODEL_TYPE
 
 
 def checked_budget(params) -> int:
