@@ -4,14 +4,16 @@ V0 answers where V1 cannot (`VLLM_USE_V1=0`, GPUs and options that V1 does not k
 so prompts are checked in front of both.
 """
 
+from typing import Any
 
-def of_v1() -> list[type]:
+
+def of_v1() -> list[Any]:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     return [AsyncLLM]
 
 
-def of_v0() -> list[type]:
+def of_v0() -> list[Any]:
     """Without those that stand for V1's client: with VLLM_USE_V1=1, the name AsyncLLMEngine does."""
     from vllm.engine.async_llm_engine import AsyncLLMEngine
     from vllm.engine.multiprocessing.client import MQLLMEngineClient
