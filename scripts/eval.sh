@@ -9,8 +9,10 @@
 #                                                                   published resolution, 8B when hidden_size is 4096
 #   BACKEND=endpoint QWEN_MERGE_ENDPOINT=http://localhost:8000/v1 NPROC=16 scripts/eval.sh DIR       a served model
 #
-#   OPENAI_API_KEY, OPENAI_API_BASE   the judge's; without a key answers are matched exactly, which gives lower numbers
-#   JUDGE=gpt-4o-mini                 another judge than chatgpt-0125
+#   OPENAI_API_KEY                    the judge's; without one answers are matched exactly, which gives lower numbers
+#   OPENAI_API_BASE=http://HOST/v1    the judge's server, with or without /chat/completions (default: OpenAI's own). With
+#                                     a key it is asked before anything else: no answer ends the task with a message
+#   JUDGE=gpt-4o-mini                 another judge than chatgpt-0125; JUDGE=exact_matching asks none
 #   TEMPERATURE=0 SEED=1 MAX_NEW_TOKENS=4096     other settings than the published ones (0.6, 0, 8192)
 #   WORK_DIR=DIR                      results (default outputs/eval/<name of the checkpoint's folder>)
 #   VLMEVALKIT=DIR                    a checkout of VLMEvalKit with the overlay, instead of the installed one
@@ -31,7 +33,7 @@ say() { printf 'eval: %s\n' "$*" >&2; }
 die() { say "$@"; exit 2; }
 absolute() { (cd "$invoked_from" && readlink -m -- "$1"); }   # paths are those of the caller's folder
 
-case ${1:-} in -h | --help) sed -n '2,20s/^# \{0,1\}//p' "$0"; exit ;; esac
+case ${1:-} in -h | --help) sed -n '2,22s/^# \{0,1\}//p' "$0"; exit ;; esac
 [ $# -ge 1 ] || die "usage: scripts/eval.sh MODEL_DIR [TASK ...]   (--help lists the knobs)"
 model=$(absolute "$1")
 shift
@@ -107,6 +109,11 @@ done
 [ ${#unknown[@]} = 0 ] || die "no such task: ${unknown[*]}. The published ones: ${PUBLISHED[*]}." \
   "A table of your own goes to $data/NAME.tsv."
 
+if [ -z "${OPENAI_API_KEY:-}" ] && [ "${JUDGE:-exact_matching}" != exact_matching ] &&
+  [ ! -f "$(dirname "$package")/.env" ]; then   # where VLMEvalKit may have a key from
+  say "JUDGE=$JUDGE needs OPENAI_API_KEY, which is not set."
+  JUDGE=
+fi
 if [ -z "${JUDGE:-}" ]; then
   JUDGE=exact_matching
   if [ -n "${OPENAI_API_KEY:-}" ]; then

@@ -90,7 +90,7 @@ class Runs:
     def __init__(self, site: Path, data: Path, model: Path):
         self.site, self.data, self.model = site, data, model
 
-    def command(self, work: Path, *arguments: str, name: str = TABLE) -> list[str]:
+    def command(self, work: Path, *arguments: str, name: str = TABLE) -> list[str]:  # of two --judge the last counts
         return [
             *(sys.executable, "-m", "vlmeval.run", "--data", name, "--model", MODEL, "--model-path", str(self.model)),
             *("--work-dir", str(work), "--judge", "exact_matching", *arguments),
@@ -99,7 +99,8 @@ class Runs:
     @property
     def environment(self) -> dict[str, str]:
         paths = (self.site, REPOSITORY / "src", *filter(None, [os.environ.get("PYTHONPATH")]))
-        kept = {k: v for k, v in os.environ.items() if k not in ("OPENAI_API_KEY", "QWEN_MERGE_ENDPOINT")}
+        unset = ("OPENAI_API_KEY", "OPENAI_API_BASE", "QWEN_MERGE_ENDPOINT")
+        kept = {k: v for k, v in os.environ.items() if k not in unset}
         return {**kept, "LMUData": str(self.data), "PYTHONPATH": os.pathsep.join(map(str, paths))}
 
     def __call__(self, work: Path, *arguments: str, name: str = TABLE, timeout: float = 400, **environment: str):
@@ -244,6 +245,78 @@ def test_both_back_ends_give_the_same_greedy_answers(launch, tmp_path):
     assert len(found["vllm"]) == 4
     assert len({response for _, response, _ in found["vllm"]}) > 1, "answers that are all alike prove nothing"
     assert found["vllm"] == found["transformers"]
+
+
+# --- the judge ---
+
+FREE = "the second of the four, as far as one can tell"  # no letter and no option's text: only a judge sees B in it
+
+
+@pytest.fixture
+def judge_server():
+    """Stands for a judge: B, whatever it is asked, under /v1/chat/completions alone."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.server.asked.append((self.path, self.headers["Authorization"]))
+            known = self.path == "/v1/chat/completions"
+            content = json.dumps({"choices": [{"message": {"content": "B"}}]} if known else {"error": "no such path"})
+            self.send_response(200 if known else 404)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content.encode())
+
+        def log_message(self, *_):
+            pass
+
+    found = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    found.asked = []
+    threading.Thread(target=found.serve_forever, daemon=True).start()
+    yield found
+    found.shutdown()
+    found.server_close()
+
+
+@pytest.fixture
+def judged(launch, uninterrupted, tmp_path):
+    """Score eleven right answers and a free one, whose answer is B, with a judge; no model is loaded."""
+    answers = [FREE if number == 1 else letter for number, letter in enumerate(LETTERS)]
+
+    def run(**environment: str):
+        work = tmp_path / "work"
+        answers_by_hand(uninterrupted, work, answers)
+        result = launch(work, "--max-new-tokens", "24", "--reuse", "--judge", "chatgpt-0125", **environment)
+        settings = json.loads((work / MODEL / f"{MODEL}_{TABLE}_settings.json").read_text())
+        return work, result, settings["judge"]
+
+    return run
+
+
+def test_a_judge_at_the_usual_address_judges(judged, judge_server):
+    base = f"http://127.0.0.1:{judge_server.server_port}/v1"
+    work, result, recorded = judged(OPENAI_API_KEY="sk-stub", OPENAI_API_BASE=base)
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert recorded == "chatgpt-0125"
+    assert set(judge_server.asked) == {("/v1/chat/completions", "Bearer sk-stub")}
+    assert accuracy(work) == 1
+
+
+def test_a_judge_that_does_not_answer_ends_the_run(judged, judge_server):
+    base = f"http://127.0.0.1:{judge_server.server_port}/elsewhere"
+    work, result, _ = judged(OPENAI_API_KEY="sk-stub", OPENAI_API_BASE=base)
+    assert result.returncode == 2, result.stdout[-3000:]
+    assert f"the judge chatgpt-0125 does not answer at {base}/chat/completions (status 404" in result.stdout
+    assert "Traceback" not in result.stdout
+    assert not list((work / MODEL).glob("*_acc.csv"))
+
+
+def test_without_a_key_exact_matching_is_said_and_recorded(judged):
+    work, result, recorded = judged(OPENAI_API_KEY="")
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert "OPENAI_API_KEY is not set: answers are matched exactly instead of judged by chatgpt-0125" in result.stdout
+    assert recorded == "exact_matching"
+    assert accuracy(work) == 11 / 12
 
 
 # --- each kind of score, on answers by hand (in this process: VLMEvalKit's scoring needs no model) ---

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from qwen_merge.errors import UserError
-from qwen_merge.evaluation import records, vlmevalkit
+from qwen_merge.evaluation import judge, records, vlmevalkit
 from qwen_merge.evaluation.records import Question, Records, Settings
 from qwen_merge.overlays import engine, manifest
 
@@ -246,12 +246,13 @@ def configure(monkeypatch, tmp_path):
     monkeypatch.delenv("QWEN_MERGE_ENDPOINT", raising=False)
     monkeypatch.delenv("MMEVAL_ROOT", raising=False)
     monkeypatch.setattr(vlmevalkit, "keep_whole_answers", lambda: None)
+    monkeypatch.setattr(judge, "settle", lambda args: None)
 
     def run(*arguments: str) -> dict:
         parser = argparse.ArgumentParser()
         for option in ("--data", "--model"):
             parser.add_argument(option, nargs="+")
-        for option in ("--config", "--judge"):
+        for option in ("--config", "--judge", "--mode"):
             parser.add_argument(option)
         parser.add_argument("--work-dir", default=str(tmp_path / "work"))
         for option in ("--reuse", "--use-vllm"):
@@ -320,6 +321,48 @@ def test_other_settings_are_refused_before_anything_is_loaded(configure, capsys,
     configure(*line, "--seed", "1")  # without --reuse: asked anew, the old files set aside
     assert not (tmp_path / "work/Qwen-Merge-VL-4B/Qwen-Merge-VL-4B_D_settings.json").exists()
     assert list((tmp_path / "work/set-aside").rglob("Qwen-Merge-VL-4B_D_settings.json"))
+
+
+def test_the_judge_of_answers_that_are_there_is_noted(configure, tmp_path):
+    """VLMEvalKit scores finished predictions without asking the model, which would write the settings."""
+    path = str(checkpoint(tmp_path / "m"))
+    settings = records.document("Qwen-Merge-VL-4B", path, "qwen2_5_vl_merge", "transformers", Settings(), "a")
+    Records(tmp_path / "work", "Qwen-Merge-VL-4B", reuse=False).open("D", settings)
+    line = ["--data", "D", "--model", "Qwen-Merge-VL-4B", "--model-path", path, "--reuse", "--judge", "gpt-4o-mini"]
+
+    def recorded() -> str:
+        file = tmp_path / "work/Qwen-Merge-VL-4B/Qwen-Merge-VL-4B_D_settings.json"
+        return json.loads(file.read_text())["judge"]
+
+    configure(*line, "--mode", "infer")  # the control: nobody judges
+    assert recorded() == "a"
+    configure(*line)
+    assert recorded() == "gpt-4o-mini"
+
+
+@pytest.mark.parametrize(
+    ("given", "completed"),
+    [
+        ("http://localhost:8001/v1", "http://localhost:8001/v1/chat/completions"),
+        ("http://localhost:8001/v1/", "http://localhost:8001/v1/chat/completions"),
+        ("http://localhost:8001", "http://localhost:8001/v1/chat/completions"),
+        ("https://gate.way/openai/v1/chat/completions", "https://gate.way/openai/v1/chat/completions"),
+        ("https://gate.way/chat?version=2", "https://gate.way/chat?version=2"),
+        ("OFFICIAL", "OFFICIAL"),
+        ("", ""),
+    ],
+)
+def test_the_judge_s_address_is_completed(monkeypatch, given, completed):
+    monkeypatch.setenv("OPENAI_API_BASE", given)
+    for _ in range(2):  # what is complete stays
+        judge.complete_address()
+        assert os.environ["OPENAI_API_BASE"] == completed
+
+
+def test_a_judge_s_address_that_is_none_is_refused(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_BASE", "localhost:8001/v1")
+    with pytest.raises(UserError, match=r"OPENAI_API_BASE is 'localhost:8001/v1', no address of a judge"):
+        judge.complete_address()
 
 
 # --- spreadsheets ---

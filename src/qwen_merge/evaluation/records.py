@@ -195,6 +195,12 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     ]
 
 
+def _write(file: Path, settings: dict[str, Any]) -> None:
+    staged = file.with_name(f".{file.name}.{os.getpid()}")
+    staged.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(staged, file)
+
+
 class Records:
     """The files of one model in one work directory. Safe for several threads, and for several processes that append."""
 
@@ -240,11 +246,18 @@ class Records:
             self.folder.mkdir(parents=True, exist_ok=True)
             file = self.path(dataset, "settings.json")
             if self.reuse and file.is_file():  # the versions of the first answers stay
-                settings = {**json.loads(file.read_text(encoding="utf-8")), "judge": settings["judge"]}
-            staged = file.with_name(f".{file.name}.{os.getpid()}")
-            staged.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            os.replace(staged, file)
+                self.judged_by(dataset, settings["judge"])
+            else:
+                _write(file, settings)
             self._answers[dataset] = dict(self._read(dataset)) if self.reuse else {}
+
+    def judged_by(self, dataset: str, judge: str | None) -> None:
+        """Note who judges answers that lie here already: VLMEvalKit scores them anew without asking the model."""
+        file = self.path(dataset, "settings.json")
+        try:
+            _write(file, {**json.loads(file.read_text(encoding="utf-8")), "judge": judge})
+        except (FileNotFoundError, ValueError, TypeError):
+            return  # nothing to note it in, or a damaged file, which `check` refuses
 
     def _read(self, dataset: str):
         file = self.path(dataset, "responses.jsonl")
