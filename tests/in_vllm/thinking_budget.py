@@ -1,12 +1,13 @@
-"""Thinking budgets on an engine that says what it is told to: what is cut and what is left alone."""
+"""Thinking budgets on an engine that says what it is told to: what is cut and what is left alone.
+
+Run by `tests/unit/test_vllm_plugin.py`, in a process of its own.
+"""
 
 import asyncio
 from contextlib import aclosing
 from types import SimpleNamespace
 
 import pytest
-
-pytest.importorskip("vllm")
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
