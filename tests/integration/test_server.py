@@ -17,6 +17,7 @@ import pytest
 import requests
 from PIL import Image
 
+from clips import write_clip
 from training import REPOSITORY
 
 pytestmark = pytest.mark.slow
@@ -148,23 +149,83 @@ def tokens(untied):
     return lambda *words: tokenizer.convert_tokens_to_ids(list(words))
 
 
-def test_an_answer_equals_transformers_greedy_one(server, untied):
+@pytest.fixture(scope="module")
+def transformers_answer(untied):
+    """What transformers says to a prompt with the same media: (text, tokens of the prompt)."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     processor = AutoProcessor.from_pretrained(untied.merged)
     model = AutoModelForImageTextToText.from_pretrained(untied.merged, torch_dtype="float32")
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
-    for thinking in (True, False):
+    config = model.config
+    never_said = [config.image_token_id, config.video_token_id, config.vision_start_token_id]
+
+    def answer(*content: str, thinking: bool = True, tokens: int = 24, **media) -> tuple[str, int]:
+        """`content`: "<image>", "<video>" or text."""
+        kinds = {"<image>": {"type": "image"}, "<video>": {"type": "video"}}
+        parts = [kinds.get(part, {"type": "text", "text": part}) for part in content]
+        messages = [{"role": "user", "content": parts}]
         text = processor.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=thinking)
-        inputs = processor(text=[text], images=[Image.open(io.BytesIO(png()))], return_tensors="pt")
-        config = model.config
-        never_said = [config.image_token_id, config.video_token_id, config.vision_start_token_id]
-        generated = model.generate(**inputs, max_new_tokens=24, do_sample=False, suppress_tokens=never_said)
-        ids = generated[0, inputs.input_ids.shape[1] :]
-        expected = processor.tokenizer.decode(ids, skip_special_tokens=True)
+        inputs = processor(text=[text], return_tensors="pt", **media)
+        generated = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, suppress_tokens=never_said)
+        length = inputs.input_ids.shape[1]
+        return processor.tokenizer.decode(generated[0, length:], skip_special_tokens=True), length
+
+    return answer
+
+
+def said(reply: dict) -> tuple[str, int]:
+    return reply["choices"][0]["message"]["content"], reply["usage"]["prompt_tokens"]
+
+
+def test_an_answer_equals_transformers_greedy_one(server, transformers_answer):
+    for thinking in (True, False):
+        expected = transformers_answer("<image>", "What is it?", thinking=thinking, images=[decoded(png())])
         reply = server.answer(PICTURE, "What is it?", chat_template_kwargs={"enable_thinking": thinking})
-        assert reply["choices"][0]["message"]["content"] == expected
-        assert reply["usage"]["prompt_tokens"] == inputs.input_ids.shape[1]
+        assert said(reply) == expected
+
+
+def decoded(content: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(content)).convert("RGB")
+
+
+def test_two_pictures_are_seen_in_their_order(server, transformers_answer):
+    other = png((112, 56), (10, 200, 40))
+    expected = transformers_answer("<image>", "<image>", "What is it?", images=[decoded(png()), decoded(other)])
+    assert said(server.answer(PICTURE, data_url(other), "What is it?")) == expected
+    assert said(server.answer(data_url(other), PICTURE, "What is it?")) != expected  # control
+
+
+def test_a_picture_stands_where_it_was_put(server, transformers_answer):
+    expected = transformers_answer("Before ", "<image>", " and behind it", images=[decoded(png())])
+    assert said(server.answer("Before ", PICTURE, " and behind it")) == expected
+    assert said(server.answer(PICTURE, "Before ", " and behind it")) != expected  # control
+
+
+@pytest.mark.parametrize("fps", [None, 0.5])
+def test_a_video_is_seen_with_its_time(server, transformers_answer, fps):
+    import numpy
+
+    clip = numpy.stack([numpy.asarray(decoded(frame)) for frame in FRAMES])
+    expected = transformers_answer("<video>", "What is it?", videos=[clip], fps=fps or 2.0)
+    options = {"mm_processor_kwargs": {"fps": fps}} if fps else {}
+    assert said(server.answer(CLIP, "What is it?", **options)) == expected
+    assert said(server.answer(CLIP, "What is it?", mm_processor_kwargs={"fps": 24})) != expected  # control
+
+
+def test_chat_tells_the_server_how_fast_a_video_runs(server, transformers_answer, tmp_path):
+    """64 frames in 8 seconds, of which the server keeps 32: four a second."""
+    import cv2
+    import numpy
+
+    clip = write_clip(tmp_path / "clip.mp4", 64, 8)
+    capture = cv2.VideoCapture(str(clip))
+    frames = [cv2.cvtColor(capture.read()[1], cv2.COLOR_BGR2RGB) for _ in range(64)]
+    kept = numpy.stack([frames[index] for index in numpy.linspace(0, 63, 32, dtype=int)])
+    expected, slower = (
+        transformers_answer("<video>", "What?", videos=[kept], fps=fps, tokens=12)[0] for fps in (4.0, 2.0)
+    )
+    assert expected != slower  # control: the server's own assumption gives another answer
+    assert chat("--endpoint", f"{server.url}/v1", "--video", clip) == expected.strip()
 
 
 # --- thoughts ---
@@ -460,22 +521,26 @@ def test_two_hundred_requests_at_once_are_all_answered(server):
 
 def test_chat_asks_the_server_and_the_checkpoint_alike(server, untied, tmp_path):
     (tmp_path / "a.png").write_bytes(png())
-    texts = []
-    for where in ([str(untied.merged)], ["--endpoint", f"{server.url}/v1"]):
-        result = subprocess.run(
-            [
-                *(sys.executable, "-m", "qwen_merge.cli", "chat", *where, "--image", tmp_path / "a.png"),
-                *("--question", "What?", "--temperature", "0", "--max-tokens", "12"),
-            ],
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY / "src")},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert result.returncode == 0, result.stderr[-3000:]
-        texts.append(result.stdout.strip())
+    places = ([str(untied.merged)], ["--endpoint", f"{server.url}/v1"])
+    texts = [chat(*where, "--image", tmp_path / "a.png") for where in places]
     assert texts[0] == texts[1] != ""
+
+
+def chat(*arguments) -> str:
+    """What `qwen-merge chat` prints as the greedy answer to "What?"."""
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "qwen_merge.cli", "chat", *arguments),
+            *("--question", "What?", "--temperature", "0", "--max-tokens", "12"),
+        ],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY / "src")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout.strip()
 
 
 def test_serving_something_else_is_refused(tmp_path, untied):
@@ -533,7 +598,7 @@ def test_a_redirect_to_a_private_address_is_not_followed():
         check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    said = [line for line in result.stdout.splitlines() if line.startswith("/")]
-    assert said[0] == "/ b'a file'"  # control: the first address is fetched from
-    assert said[1].startswith("/away the media URL's host 127.0.0.2 has the address 127.0.0.2, which is not public")
-    assert said[2] == "/long the file at http://127.0.0.1:PORT/long has more than 1,000 bytes."
+    lines = [line for line in result.stdout.splitlines() if line.startswith("/")]
+    assert lines[0] == "/ b'a file'"  # control: the first address is fetched from
+    assert lines[1].startswith("/away the media URL's host 127.0.0.2 has the address 127.0.0.2, which is not public")
+    assert lines[2] == "/long the file at http://127.0.0.1:PORT/long has more than 1,000 bytes."

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import pytest
 
+from clips import write_clip
 from qwen_merge.errors import UserError
 from qwen_merge.evaluation.records import Records, Settings
 from qwen_merge.overlays import engine, manifest
@@ -498,6 +499,16 @@ def test_a_served_model_is_asked_the_same_way(server, tmp_path):
     # Asked again, by another process say, nothing is sent.
     assert served(server, tmp_path).generate(message, dataset="D") == "red"
     assert len(server.requests) == 1
+
+
+def test_a_served_model_is_told_how_fast_a_video_runs(server, tmp_path):
+    clip = write_clip(tmp_path / "clip.mp4", 64, 8)
+    message = [{"type": "video", "value": str(clip)}, {"type": "text", "value": "What colour?"}]
+    server.replies = [completion(content="red")]
+    assert served(server, tmp_path).generate(message, dataset="D") == "red"
+    (request,) = server.requests
+    assert request["mm_processor_kwargs"] == {"min_pixels": 1003520, "max_pixels": 12845056, "fps": 4}
+    assert base64.b64decode(request["messages"][0]["content"][0]["video_url"]["url"].split(",")[1]) == clip.read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ PLACEHOLDERS = {
 }
 PROCESSOR_OPTIONS = ("min_pixels", "max_pixels", "size", "fps")  # what a request may set
 EDGES = ("shortest_edge", "longest_edge")
-FRAME_RATES = (0.001, 240)  # from a frame in a quarter of an hour to slow motion
+FRAME_RATES = (0.001, 240)  # from a frame in a quarter of an hour to slow motion; see `qwen_merge.video`
 
 
 def hook_placeholders() -> None:
