@@ -1,6 +1,7 @@
 """`scripts/serve.sh` and what clients send it: questions, options, thinking budgets, and everything that goes wrong."""
 
 import base64
+import importlib.util
 import io
 import json
 import os
@@ -18,6 +19,7 @@ import requests
 from PIL import Image
 
 from clips import write_clip
+from evaluations import MODEL, Runs, copy_with_the_overlay, lines, write_tables
 from training import REPOSITORY
 
 pytestmark = pytest.mark.slow
@@ -524,6 +526,24 @@ def test_chat_asks_the_server_and_the_checkpoint_alike(server, untied, tmp_path)
     places = ([str(untied.merged)], ["--endpoint", f"{server.url}/v1"])
     texts = [chat(*where, "--image", tmp_path / "a.png") for where in places]
     assert texts[0] == texts[1] != ""
+
+
+def test_vlmevalkit_gets_the_same_answers_from_the_server_as_in_process(server, untied, tmp_path):
+    if importlib.util.find_spec("vlmeval") is None:
+        pytest.skip("VLMEvalKit is not installed")
+    launch = Runs(copy_with_the_overlay(tmp_path / "site"), write_tables(tmp_path), untied.merged)
+    greedy = ("--temperature", "0", "--max-new-tokens", "24")
+    found = {}
+    for backend, options in (("transformers", ()), ("endpoint", ("--endpoint", f"{server.url}/v1", "--nproc", "4"))):
+        work = tmp_path / backend
+        result = launch(work, *greedy, *options, name="FewChoices")
+        assert result.returncode == 0, result.stdout[-3000:]
+        recorded = json.loads((work / MODEL / f"{MODEL}_FewChoices_settings.json").read_text())
+        assert recorded["backend"] == backend
+        found[backend] = {line["key"]: (line["response"], line["tokens"]) for line in lines(work, "FewChoices")}
+    assert len(found["endpoint"]) == 4
+    assert len(set(found["endpoint"].values())) > 1, "answers that are all alike prove nothing"
+    assert found["endpoint"] == found["transformers"]
 
 
 def chat(*arguments) -> str:
