@@ -141,10 +141,17 @@ judge_of() {   # LogicVista accepts only a few judges, and chatgpt-0125 is not o
   if [ "$1" = LogicVista ] && [ "$JUDGE" = chatgpt-0125 ]; then echo gpt-4o-mini; else echo "$JUDGE"; fi
 }
 
-# score TASK SINCE: the score file that VLMEvalKit wrote after SINCE (a file); it names them differently task by task.
-score() {
-  find "$results" -maxdepth 2 -newer "$2" \( -name "${MODEL_NAME}_$1_acc*.csv" -o -name "${MODEL_NAME}_$1_*score*.csv" \
-    -o -name "${MODEL_NAME}_$1_score*.json" \) -print -quit
+# written TASK MODE [-newer FILE]: the score file of a task, or in mode infer its answers, that VLMEvalKit wrote (after
+# FILE); it names score files differently task by task.
+written() {
+  local task=$1 mode=$2
+  shift 2
+  if [ "$mode" = infer ]; then
+    find "$results" -maxdepth 2 "$@" -name "${MODEL_NAME}_$task.xlsx" -print -quit
+  else
+    find "$results" -maxdepth 2 "$@" \( -name "${MODEL_NAME}_${task}_acc*.csv" \
+      -o -name "${MODEL_NAME}_${task}_*score*.csv" -o -name "${MODEL_NAME}_${task}_score*.json" \) -print -quit
+  fi
 }
 
 # evaluate TASK: VLMEvalKit goes on after any error and leaves with 0, so success is a result that was not there before.
@@ -152,9 +159,10 @@ evaluate() {
   local task=$1 judge mode=all since=$work/logs/.$1.since log=$work/logs/$1.log status=0
   judge=$(judge_of "$task")
   if [ "$judge" = exact_matching ]; then case $task in MMVet | LogicVista) mode=infer ;; esac; fi
-  local state="$model $weights $BACKEND $judge $mode ${numbers[*]+"${numbers[*]}"}"
+  local state="$model $weights $BACKEND ${QWEN_MERGE_ENDPOINT:-} $judge $mode ${numbers[*]+"${numbers[*]}"}"
   local finished=$work/finished/${MODEL_NAME}_$task
-  if [ -f "$finished" ] && [ "$(cat "$finished")" = "$state" ]; then
+  # The mark alone is not enough: results may have been deleted or moved since.
+  if [ -f "$finished" ] && [ "$(cat "$finished")" = "$state" ] && [ -n "$(written "$task" $mode)" ]; then
     say "task $number of ${#tasks[@]}, $task: finished before"
     return
   fi
@@ -171,11 +179,10 @@ evaluate() {
     return 1
   fi
   if [ $mode = infer ]; then
-    [ -n "$(find "$results" -maxdepth 2 -newer "$since" -name "${MODEL_NAME}_$task.xlsx" -print -quit)" ] ||
-      { say "$task: no answers were written; see $log"; return 1; }
+    [ -n "$(written "$task" infer -newer "$since")" ] || { say "$task: no answers were written; see $log"; return 1; }
     say "$task: answered, not scored (it needs a judge)"
   else
-    [ -n "$(score "$task" "$since")" ] || { say "$task: no score was written; see $log"; return 1; }
+    [ -n "$(written "$task" all -newer "$since")" ] || { say "$task: no score was written; see $log"; return 1; }
   fi
   printf '%s\n' "$state" >"$finished"
 }
