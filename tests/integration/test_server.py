@@ -215,19 +215,25 @@ def test_a_video_is_seen_with_its_time(server, transformers_answer, fps):
 
 
 def test_chat_tells_the_server_how_fast_a_video_runs(server, transformers_answer, tmp_path):
-    """64 frames in 8 seconds, of which the server keeps 32: four a second."""
+    """64 frames in 256 seconds, of which the server keeps 32: one in eight seconds.
+
+    Whole seconds a pair of frames: transformers 4.52.3 cuts fractions off in `get_rope_index`, vLLM does not.
+    """
     import cv2
     import numpy
 
-    clip = write_clip(tmp_path / "clip.mp4", 64, 8)
+    clip = write_clip(tmp_path / "clip.mp4", 64, 0.25)
     capture = cv2.VideoCapture(str(clip))
     frames = [cv2.cvtColor(capture.read()[1], cv2.COLOR_BGR2RGB) for _ in range(64)]
     kept = numpy.stack([frames[index] for index in numpy.linspace(0, 63, 32, dtype=int)])
     expected, slower = (
-        transformers_answer("<video>", "What?", videos=[kept], fps=fps, tokens=12)[0] for fps in (4.0, 2.0)
+        transformers_answer("<video>", "What?", videos=[kept], fps=fps, tokens=12)[0] for fps in (0.125, 2.0)
     )
-    assert expected != slower  # control: the server's own assumption gives another answer
-    assert chat("--endpoint", f"{server.url}/v1", "--video", clip) == expected.strip()
+    answer = chat("--endpoint", f"{server.url}/v1", "--video", clip)
+    # This random model writes bytes that are no characters, which a stream leaves out.
+    answer, expected, slower = (text.replace("\ufffd", "").strip() for text in (answer, expected, slower))
+    assert answer == expected
+    assert answer != slower  # control: what the server takes a video for that nobody measured
 
 
 # --- thoughts ---
