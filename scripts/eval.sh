@@ -9,8 +9,10 @@
 #                                                                   published resolution, 8B when hidden_size is 4096
 #   BACKEND=endpoint QWEN_MERGE_ENDPOINT=http://localhost:8000/v1 NPROC=16 scripts/eval.sh DIR       a served model
 #
-#   OPENAI_API_KEY, OPENAI_API_BASE   the judge's; without a key answers are matched exactly, which gives lower numbers
-#   JUDGE=gpt-4o-mini                 another judge than chatgpt-0125
+#   OPENAI_API_KEY                    the judge's; without one answers are matched exactly, which gives lower numbers
+#   OPENAI_API_BASE=http://HOST/v1    the judge's server, with or without /chat/completions (default: OpenAI's own). With
+#                                     a key it is asked before anything else: no answer ends the task with a message
+#   JUDGE=gpt-4o-mini                 another judge than chatgpt-0125; JUDGE=exact_matching asks none
 #   TEMPERATURE=0 SEED=1 MAX_NEW_TOKENS=4096     other settings than the published ones (0.6, 0, 8192)
 #   WORK_DIR=DIR                      results (default outputs/eval/<name of the checkpoint's folder>)
 #   VLMEVALKIT=DIR                    a checkout of VLMEvalKit with the overlay, instead of the installed one
@@ -31,7 +33,7 @@ say() { printf 'eval: %s\n' "$*" >&2; }
 die() { say "$@"; exit 2; }
 absolute() { (cd "$invoked_from" && readlink -m -- "$1"); }   # paths are those of the caller's folder
 
-case ${1:-} in -h | --help) sed -n '2,20s/^# \{0,1\}//p' "$0"; exit ;; esac
+case ${1:-} in -h | --help) sed -n '2,22s/^# \{0,1\}//p' "$0"; exit ;; esac
 [ $# -ge 1 ] || die "usage: scripts/eval.sh MODEL_DIR [TASK ...]   (--help lists the knobs)"
 model=$(absolute "$1")
 shift
@@ -107,6 +109,11 @@ done
 [ ${#unknown[@]} = 0 ] || die "no such task: ${unknown[*]}. The published ones: ${PUBLISHED[*]}." \
   "A table of your own goes to $data/NAME.tsv."
 
+if [ -z "${OPENAI_API_KEY:-}" ] && [ "${JUDGE:-exact_matching}" != exact_matching ] &&
+  [ ! -f "$(dirname "$package")/.env" ]; then   # where VLMEvalKit may have a key from
+  say "JUDGE=$JUDGE needs OPENAI_API_KEY, which is not set."
+  JUDGE=
+fi
 if [ -z "${JUDGE:-}" ]; then
   JUDGE=exact_matching
   if [ -n "${OPENAI_API_KEY:-}" ]; then
@@ -134,10 +141,17 @@ judge_of() {   # LogicVista accepts only a few judges, and chatgpt-0125 is not o
   if [ "$1" = LogicVista ] && [ "$JUDGE" = chatgpt-0125 ]; then echo gpt-4o-mini; else echo "$JUDGE"; fi
 }
 
-# score TASK SINCE: the score file that VLMEvalKit wrote after SINCE (a file); it names them differently task by task.
-score() {
-  find "$results" -maxdepth 2 -newer "$2" \( -name "${MODEL_NAME}_$1_acc*.csv" -o -name "${MODEL_NAME}_$1_*score*.csv" \
-    -o -name "${MODEL_NAME}_$1_score*.json" \) -print -quit
+# written TASK MODE [-newer FILE]: the score file of a task, or in mode infer its answers, that VLMEvalKit wrote (after
+# FILE); it names score files differently task by task.
+written() {
+  local task=$1 mode=$2
+  shift 2
+  if [ "$mode" = infer ]; then
+    find "$results" -maxdepth 2 "$@" -name "${MODEL_NAME}_$task.xlsx" -print -quit
+  else
+    find "$results" -maxdepth 2 "$@" \( -name "${MODEL_NAME}_${task}_acc*.csv" \
+      -o -name "${MODEL_NAME}_${task}_*score*.csv" -o -name "${MODEL_NAME}_${task}_score*.json" \) -print -quit
+  fi
 }
 
 # evaluate TASK: VLMEvalKit goes on after any error and leaves with 0, so success is a result that was not there before.
@@ -145,9 +159,10 @@ evaluate() {
   local task=$1 judge mode=all since=$work/logs/.$1.since log=$work/logs/$1.log status=0
   judge=$(judge_of "$task")
   if [ "$judge" = exact_matching ]; then case $task in MMVet | LogicVista) mode=infer ;; esac; fi
-  local state="$model $weights $BACKEND $judge $mode ${numbers[*]+"${numbers[*]}"}"
+  local state="$model $weights $BACKEND ${QWEN_MERGE_ENDPOINT:-} $judge $mode ${numbers[*]+"${numbers[*]}"}"
   local finished=$work/finished/${MODEL_NAME}_$task
-  if [ -f "$finished" ] && [ "$(cat "$finished")" = "$state" ]; then
+  # The mark alone is not enough: results may have been deleted or moved since.
+  if [ -f "$finished" ] && [ "$(cat "$finished")" = "$state" ] && [ -n "$(written "$task" $mode)" ]; then
     say "task $number of ${#tasks[@]}, $task: finished before"
     return
   fi
@@ -164,11 +179,10 @@ evaluate() {
     return 1
   fi
   if [ $mode = infer ]; then
-    [ -n "$(find "$results" -maxdepth 2 -newer "$since" -name "${MODEL_NAME}_$task.xlsx" -print -quit)" ] ||
-      { say "$task: no answers were written; see $log"; return 1; }
+    [ -n "$(written "$task" infer -newer "$since")" ] || { say "$task: no answers were written; see $log"; return 1; }
     say "$task: answered, not scored (it needs a judge)"
   else
-    [ -n "$(score "$task" "$since")" ] || { say "$task: no score was written; see $log"; return 1; }
+    [ -n "$(written "$task" all -newer "$since")" ] || { say "$task: no score was written; see $log"; return 1; }
   fi
   printf '%s\n' "$state" >"$finished"
 }

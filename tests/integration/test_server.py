@@ -1,6 +1,7 @@
 """`scripts/serve.sh` and what clients send it: questions, options, thinking budgets, and everything that goes wrong."""
 
 import base64
+import importlib.util
 import io
 import json
 import os
@@ -17,6 +18,8 @@ import pytest
 import requests
 from PIL import Image
 
+from clips import write_clip
+from evaluations import MODEL, Runs, copy_with_the_overlay, lines, write_tables
 from training import REPOSITORY
 
 pytestmark = pytest.mark.slow
@@ -108,7 +111,7 @@ def server(untied, tmp_path_factory):
         "--max-model-len",
         str(CONTEXT),
         "--limit-mm-per-prompt",
-        '{"image": 2}',
+        '{"image": 2, "video": 1}',
     )
     running.wait()
     yield running
@@ -125,7 +128,19 @@ def png(size=(84, 84), colour=(200, 10, 40), mode="RGB") -> bytes:
     return file.getvalue()
 
 
+def jpeg(size, colour) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, colour).save(file, "JPEG")
+    return file.getvalue()
+
+
 PICTURE = data_url(png())
+# Frames of a video as vLLM takes them: JPEGs, of which the decoder gives the same pixels everywhere.
+FRAMES = [jpeg((84, 56), (30 * number, 200 - 20 * number, 90)) for number in range(8)]
+CLIP = {
+    "type": "video_url",
+    "video_url": {"url": "data:video/jpeg;base64," + ",".join(base64.b64encode(frame).decode() for frame in FRAMES)},
+}
 
 
 @pytest.fixture(scope="module")
@@ -136,23 +151,89 @@ def tokens(untied):
     return lambda *words: tokenizer.convert_tokens_to_ids(list(words))
 
 
-def test_an_answer_equals_transformers_greedy_one(server, untied):
+@pytest.fixture(scope="module")
+def transformers_answer(untied):
+    """What transformers says to a prompt with the same media: (text, tokens of the prompt)."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     processor = AutoProcessor.from_pretrained(untied.merged)
     model = AutoModelForImageTextToText.from_pretrained(untied.merged, torch_dtype="float32")
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
-    for thinking in (True, False):
+    config = model.config
+    never_said = [config.image_token_id, config.video_token_id, config.vision_start_token_id]
+
+    def answer(*content: str, thinking: bool = True, tokens: int = 24, **media) -> tuple[str, int]:
+        """`content`: "<image>", "<video>" or text."""
+        kinds = {"<image>": {"type": "image"}, "<video>": {"type": "video"}}
+        parts = [kinds.get(part, {"type": "text", "text": part}) for part in content]
+        messages = [{"role": "user", "content": parts}]
         text = processor.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=thinking)
-        inputs = processor(text=[text], images=[Image.open(io.BytesIO(png()))], return_tensors="pt")
-        config = model.config
-        never_said = [config.image_token_id, config.video_token_id, config.vision_start_token_id]
-        generated = model.generate(**inputs, max_new_tokens=24, do_sample=False, suppress_tokens=never_said)
-        ids = generated[0, inputs.input_ids.shape[1] :]
-        expected = processor.tokenizer.decode(ids, skip_special_tokens=True)
+        inputs = processor(text=[text], return_tensors="pt", **media)
+        generated = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, suppress_tokens=never_said)
+        length = inputs.input_ids.shape[1]
+        return processor.tokenizer.decode(generated[0, length:], skip_special_tokens=True), length
+
+    return answer
+
+
+def said(reply: dict) -> tuple[str, int]:
+    return reply["choices"][0]["message"]["content"], reply["usage"]["prompt_tokens"]
+
+
+def test_an_answer_equals_transformers_greedy_one(server, transformers_answer):
+    for thinking in (True, False):
+        expected = transformers_answer("<image>", "What is it?", thinking=thinking, images=[decoded(png())])
         reply = server.answer(PICTURE, "What is it?", chat_template_kwargs={"enable_thinking": thinking})
-        assert reply["choices"][0]["message"]["content"] == expected
-        assert reply["usage"]["prompt_tokens"] == inputs.input_ids.shape[1]
+        assert said(reply) == expected
+
+
+def decoded(content: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(content)).convert("RGB")
+
+
+def test_two_pictures_are_seen_in_their_order(server, transformers_answer):
+    other = png((112, 56), (10, 200, 40))
+    expected = transformers_answer("<image>", "<image>", "What is it?", images=[decoded(png()), decoded(other)])
+    assert said(server.answer(PICTURE, data_url(other), "What is it?")) == expected
+    assert said(server.answer(data_url(other), PICTURE, "What is it?")) != expected  # control
+
+
+def test_a_picture_stands_where_it_was_put(server, transformers_answer):
+    expected = transformers_answer("Before ", "<image>", " and behind it", images=[decoded(png())])
+    assert said(server.answer("Before ", PICTURE, " and behind it")) == expected
+    assert said(server.answer(PICTURE, "Before ", " and behind it")) != expected  # control
+
+
+@pytest.mark.parametrize("fps", [None, 0.5])
+def test_a_video_is_seen_with_its_time(server, transformers_answer, fps):
+    import numpy
+
+    clip = numpy.stack([numpy.asarray(decoded(frame)) for frame in FRAMES])
+    expected = transformers_answer("<video>", "What is it?", videos=[clip], fps=fps or 2.0)
+    options = {"mm_processor_kwargs": {"fps": fps}} if fps else {}
+    assert said(server.answer(CLIP, "What is it?", **options)) == expected
+    assert said(server.answer(CLIP, "What is it?", mm_processor_kwargs={"fps": 24})) != expected  # control
+
+
+def test_chat_tells_the_server_how_fast_a_video_runs(server, transformers_answer, tmp_path):
+    """64 frames in 256 seconds, of which the server keeps 32: one in eight seconds.
+
+    Whole seconds a pair of frames: transformers 4.52.3 cuts fractions off in `get_rope_index`, vLLM does not.
+    """
+    import cv2
+    import numpy
+
+    clip = write_clip(tmp_path / "clip.mp4", 64, 0.25)
+    capture = cv2.VideoCapture(str(clip))
+    frames = [cv2.cvtColor(capture.read()[1], cv2.COLOR_BGR2RGB) for _ in range(64)]
+    kept = numpy.stack([frames[index] for index in numpy.linspace(0, 63, 32, dtype=int)])
+    expected, slower = (
+        transformers_answer("<video>", "What?", videos=[kept], fps=fps, tokens=12)[0] for fps in (0.125, 2.0)
+    )
+    answer = chat("--endpoint", f"{server.url}/v1", "--video", clip)
+    # This random model writes bytes that are no characters, which a stream leaves out.
+    answer, expected, slower = (text.replace("\ufffd", "").strip() for text in (answer, expected, slower))
+    assert answer == expected
+    assert answer != slower  # control: what the server takes a video for that nobody measured
 
 
 # --- thoughts ---
@@ -320,6 +401,31 @@ BAD = {
         {"mm_processor_kwargs": {"min_pixels": 4_000_000_000, "max_pixels": 4_000_000_000}},
         "min_pixels is 4000000000; expected 1 to 12,845,056 pixels",
     ),
+    "patches of another size": ([PICTURE], {"mm_processor_kwargs": {"patch_size": 28}}, "patch_size cannot be set"),
+    "frames a patch": ([PICTURE], {"mm_processor_kwargs": {"temporal_patch_size": 1}}, "temporal_patch_size cannot be"),
+    "patches that are not merged": ([PICTURE], {"mm_processor_kwargs": {"merge_size": 1}}, "merge_size cannot be set"),
+    "a size behind another name": (
+        [PICTURE],
+        {"mm_processor_kwargs": {"images_kwargs": {"min_pixels": 4_000_000_000}}},
+        "images_kwargs cannot be set",
+    ),
+    "a size that is a number": ([PICTURE], {"mm_processor_kwargs": {"size": 5}}, "size is 5; expected an object"),
+    "a video in slow motion beyond all measure": (
+        [CLIP],
+        {"mm_processor_kwargs": {"fps": 1e-4}},
+        "fps is 0.0001; expected 0.001 to 240 frames a second",
+    ),
+    "a video that runs backwards": ([CLIP], {"mm_processor_kwargs": {"fps": -2}}, "fps is -2; expected 0.001 to 240"),
+    "a video of many hours": (
+        [CLIP],
+        {"mm_processor_kwargs": {"fps": 0.001}},
+        "the videos last 8,000 seconds; at most 2,048 are allowed",
+    ),
+    "frame rates of other videos": (
+        [CLIP],
+        {"mm_processor_kwargs": {"fps": [2, 2]}},
+        "2 value(s) for 1 video(s)",
+    ),
     "a prompt that opens a picture and ends": (
         [],
         {
@@ -423,22 +529,44 @@ def test_two_hundred_requests_at_once_are_all_answered(server):
 
 def test_chat_asks_the_server_and_the_checkpoint_alike(server, untied, tmp_path):
     (tmp_path / "a.png").write_bytes(png())
-    texts = []
-    for where in ([str(untied.merged)], ["--endpoint", f"{server.url}/v1"]):
-        result = subprocess.run(
-            [
-                *(sys.executable, "-m", "qwen_merge.cli", "chat", *where, "--image", tmp_path / "a.png"),
-                *("--question", "What?", "--temperature", "0", "--max-tokens", "12"),
-            ],
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY / "src")},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert result.returncode == 0, result.stderr[-3000:]
-        texts.append(result.stdout.strip())
+    places = ([str(untied.merged)], ["--endpoint", f"{server.url}/v1"])
+    texts = [chat(*where, "--image", tmp_path / "a.png") for where in places]
     assert texts[0] == texts[1] != ""
+
+
+def test_vlmevalkit_gets_the_same_answers_from_the_server_as_in_process(server, untied, tmp_path):
+    if importlib.util.find_spec("vlmeval") is None:
+        pytest.skip("VLMEvalKit is not installed")
+    launch = Runs(copy_with_the_overlay(tmp_path / "site"), write_tables(tmp_path), untied.merged)
+    greedy = ("--temperature", "0", "--max-new-tokens", "24")
+    found = {}
+    for backend, options in (("transformers", ()), ("endpoint", ("--endpoint", f"{server.url}/v1", "--nproc", "4"))):
+        work = tmp_path / backend
+        result = launch(work, *greedy, *options, name="FewChoices")
+        assert result.returncode == 0, result.stdout[-3000:]
+        recorded = json.loads((work / MODEL / f"{MODEL}_FewChoices_settings.json").read_text())
+        assert recorded["backend"] == backend
+        found[backend] = {line["key"]: (line["response"], line["tokens"]) for line in lines(work, "FewChoices")}
+    assert len(found["endpoint"]) == 4
+    assert len(set(found["endpoint"].values())) > 1, "answers that are all alike prove nothing"
+    assert found["endpoint"] == found["transformers"]
+
+
+def chat(*arguments) -> str:
+    """What `qwen-merge chat` prints as the greedy answer to "What?"."""
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "qwen_merge.cli", "chat", *arguments),
+            *("--question", "What?", "--temperature", "0", "--max-tokens", "12"),
+        ],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY / "src")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout.strip()
 
 
 def test_serving_something_else_is_refused(tmp_path, untied):
@@ -496,7 +624,7 @@ def test_a_redirect_to_a_private_address_is_not_followed():
         check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    said = [line for line in result.stdout.splitlines() if line.startswith("/")]
-    assert said[0] == "/ b'a file'"  # control: the first address is fetched from
-    assert said[1].startswith("/away the media URL's host 127.0.0.2 has the address 127.0.0.2, which is not public")
-    assert said[2] == "/long the file at http://127.0.0.1:PORT/long has more than 1,000 bytes."
+    lines = [line for line in result.stdout.splitlines() if line.startswith("/")]
+    assert lines[0] == "/ b'a file'"  # control: the first address is fetched from
+    assert lines[1].startswith("/away the media URL's host 127.0.0.2 has the address 127.0.0.2, which is not public")
+    assert lines[2] == "/long the file at http://127.0.0.1:PORT/long has more than 1,000 bytes."

@@ -10,7 +10,6 @@ QWEN_MERGE_VLMEVALKIT_CHECKOUT=DIR pytest tests/integration/test_vlmevalkit.py
 import base64
 import http.server
 import importlib.util
-import io
 import json
 import os
 import shutil
@@ -23,6 +22,8 @@ from pathlib import Path
 
 import pytest
 
+from clips import write_clip
+from evaluations import COLOURS, LETTERS, MODEL, ROWS, TABLE, Runs, copy_with_the_overlay, lines, picture, write_tables
 from qwen_merge.errors import UserError
 from qwen_merge.evaluation.records import Records, Settings
 from qwen_merge.overlays import engine, manifest
@@ -33,97 +34,21 @@ pytestmark = [
 ]
 
 REPOSITORY = Path(__file__).parents[2]
-MODEL = "Qwen-Merge-VL-4B-matched"  # small pictures stay small
-TABLE = "TinyChoices"
-ROWS = 12
-LETTERS = list("ABCD" * 3)
-COLOURS = ("red", "green", "blue", "black")
-
-
-def picture(number: int) -> str:
-    from PIL import Image
-
-    image = Image.new("RGB", (56 + 28 * (number % 3), 56), COLOURS[number % 4])
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def table(rows: int):
-    import pandas
-
-    return pandas.DataFrame(
-        {
-            "index": range(rows),
-            "question": [f"What colour is picture {number}?" for number in range(rows)],
-            **{letter: [colour] * rows for letter, colour in zip("ABCD", COLOURS, strict=True)},
-            "answer": LETTERS[:rows],
-            "category": ["colour"] * rows,
-            "image": [picture(number) for number in range(rows)],
-        }
-    )
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("lmu")
-    table(ROWS).to_csv(folder / f"{TABLE}.tsv", sep="\t", index=False)
-    table(4).to_csv(folder / "FewChoices.tsv", sep="\t", index=False)
-    return folder
+    return write_tables(tmp_path_factory.mktemp("lmu"))
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
-    """A folder with a copy of the installed VLMEvalKit that has the overlay."""
-    folder = tmp_path_factory.mktemp("site")
-    source = Path(next(iter(importlib.util.find_spec("vlmeval").submodule_search_locations)))
-    shutil.copytree(source, folder / "vlmeval", ignore=shutil.ignore_patterns("__pycache__"))
-    overlay = manifest.load("vlmevalkit")
-    engine.revert(overlay, folder / "vlmeval")
-    engine.apply(overlay, folder / "vlmeval")
-    return folder
-
-
-class Runs:
-    """Launches `python -m vlmeval.run` for one checkpoint."""
-
-    def __init__(self, site: Path, data: Path, model: Path):
-        self.site, self.data, self.model = site, data, model
-
-    def command(self, work: Path, *arguments: str, name: str = TABLE) -> list[str]:
-        return [
-            *(sys.executable, "-m", "vlmeval.run", "--data", name, "--model", MODEL, "--model-path", str(self.model)),
-            *("--work-dir", str(work), "--judge", "exact_matching", *arguments),
-        ]
-
-    @property
-    def environment(self) -> dict[str, str]:
-        paths = (self.site, REPOSITORY / "src", *filter(None, [os.environ.get("PYTHONPATH")]))
-        kept = {k: v for k, v in os.environ.items() if k not in ("OPENAI_API_KEY", "QWEN_MERGE_ENDPOINT")}
-        return {**kept, "LMUData": str(self.data), "PYTHONPATH": os.pathsep.join(map(str, paths))}
-
-    def __call__(self, work: Path, *arguments: str, name: str = TABLE, timeout: float = 400, **environment: str):
-        return subprocess.run(
-            self.command(work, *arguments, name=name),
-            env={**self.environment, **environment},
-            cwd=work.parent,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-            timeout=timeout,
-        )
+    return copy_with_the_overlay(tmp_path_factory.mktemp("site"))
 
 
 @pytest.fixture(scope="module")
 def launch(site, data, untied) -> Runs:
     return Runs(site, data, untied.merged)
-
-
-def lines(work: Path, name: str = TABLE) -> list[dict]:
-    file = work / MODEL / f"{MODEL}_{name}_responses.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
 def predictions(work: Path, name: str = TABLE) -> list[str]:
@@ -244,6 +169,163 @@ def test_both_back_ends_give_the_same_greedy_answers(launch, tmp_path):
     assert len(found["vllm"]) == 4
     assert len({response for _, response, _ in found["vllm"]}) > 1, "answers that are all alike prove nothing"
     assert found["vllm"] == found["transformers"]
+
+
+# --- what becomes of the tokens that a model in this process gives ---
+
+
+@pytest.fixture(params=[False, True], ids=["transformers", "vllm"])
+def in_process(request, monkeypatch, tmp_path, untied):
+    """`QwenMergeChat` with the checkpoint's processor and a back end that gives what it is told to."""
+    from qwen_merge.evaluation import models
+
+    def back_end(name: str):
+        class BackEnd:
+            def __init__(self, *_):
+                self.name = name
+
+            def generate(self, prompt, seed):
+                ask.prompts.append(prompt)
+                if isinstance(ask.says, Exception):
+                    raise ask.says
+                return tuple(ask.tokenizer.encode(ask.says, add_special_tokens=False))
+
+        return BackEnd
+
+    monkeypatch.setattr(models, "Transformers", back_end("transformers"))
+    monkeypatch.setattr(models, "Vllm", back_end("vllm"))
+
+    def ask(says: str | Exception, settings: Settings | None = None) -> tuple[str, dict]:
+        """(what is scored, what is recorded)"""
+        records = Records(tmp_path, "M", reuse=False)
+        model = models.QwenMergeChat(str(untied.merged), records=records, settings=settings, use_vllm=request.param)
+        model._load()
+        ask.tokenizer, ask.says = model.processor.tokenizer, says
+        assert model.backend.name == ("vllm" if request.param else "transformers") == model.document["backend"]
+        answer = model.generate([{"type": "text", "value": "What colour?"}], dataset="D")
+        return answer, json.loads((tmp_path / "M/M_D_responses.jsonl").read_text().splitlines()[-1])
+
+    ask.prompts = []
+    return ask
+
+
+@pytest.mark.parametrize(
+    ("says", "answer", "closed"),
+    [
+        ("<think>\nblue or red\n</think>\n\nred", "red", True),
+        ("<think>\nblue or red", "", False),
+        ("<think>\n\\boxed{blue}?\n</think>\n\nIt is \\boxed{a {red} one}.", "a {red} one", True),
+        ("<think>a</think>b<think>c", "", False),
+        ("red", "red", None),
+    ],
+)
+def test_thoughts_of_a_model_in_this_process(in_process, says, answer, closed):
+    found, line = in_process(says)
+    assert (found, line["answer"], line["closed"], line["response"]) == (answer, answer, closed, says)
+    whole, thought = (
+        len(in_process.tokenizer.encode(text, add_special_tokens=False))
+        for text in (says, says.partition("</think>")[0] + "</think>")
+    )
+    assert (line["tokens"], line["thought_tokens"]) == (whole, thought if closed else None)
+    (prompt,) = in_process.prompts
+    assert "What colour?" in prompt.text
+
+
+def test_boxes_and_thoughts_are_left_when_settings_say_so(in_process):
+    """The control of the cutting: the box stays when it is not to be opened."""
+    assert in_process("<think>a</think>\\boxed{red}", Settings(post_process=False))[0] == "\\boxed{red}"
+
+
+def test_a_prompt_that_is_too_long_is_an_empty_answer_on_record(in_process):
+    from qwen_merge.evaluation.backends import PromptTooLong
+
+    with pytest.warns(UserWarning, match="a question of D is too long to be answered"):
+        found, line = in_process(PromptTooLong("9 tokens, the limit is 8"))
+    assert found == line["answer"] == line["response"] == ""
+    assert (line["tokens"], line["closed"], line["error"]) == (0, None, "9 tokens, the limit is 8")
+    with pytest.raises(ZeroDivisionError):  # control: other errors are not answers
+        in_process(ZeroDivisionError())
+
+
+def test_a_processor_that_makes_pictures_smaller_is_refused(in_process, untied, capsys):
+    own = json.loads((untied.merged / "preprocessor_config.json").read_text())["max_pixels"]
+    assert in_process("red", Settings(max_pixels=own))[0] == "red"  # control
+    with pytest.raises(SystemExit) as stopped:
+        in_process("red", Settings(max_pixels=own + 1))
+    assert stopped.value.code == 2
+    assert f"limits pictures to {own} pixels, the setting is {own + 1}" in capsys.readouterr().err
+
+
+# --- the judge ---
+
+FREE = "the second of the four, as far as one can tell"  # no letter and no option's text: only a judge sees B in it
+
+
+@pytest.fixture
+def judge_server():
+    """Stands for a judge: B, whatever it is asked, under /v1/chat/completions alone."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.server.asked.append((self.path, self.headers["Authorization"]))
+            known = self.path == "/v1/chat/completions"
+            content = json.dumps({"choices": [{"message": {"content": "B"}}]} if known else {"error": "no such path"})
+            self.send_response(200 if known else 404)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content.encode())
+
+        def log_message(self, *_):
+            pass
+
+    found = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    found.asked = []
+    threading.Thread(target=found.serve_forever, daemon=True).start()
+    yield found
+    found.shutdown()
+    found.server_close()
+
+
+@pytest.fixture
+def judged(launch, uninterrupted, tmp_path):
+    """Score eleven right answers and a free one, whose answer is B, with a judge; no model is loaded."""
+    answers = [FREE if number == 1 else letter for number, letter in enumerate(LETTERS)]
+
+    def run(**environment: str):
+        work = tmp_path / "work"
+        answers_by_hand(uninterrupted, work, answers)
+        result = launch(work, "--max-new-tokens", "24", "--reuse", "--judge", "chatgpt-0125", **environment)
+        settings = json.loads((work / MODEL / f"{MODEL}_{TABLE}_settings.json").read_text())
+        return work, result, settings["judge"]
+
+    return run
+
+
+def test_a_judge_at_the_usual_address_judges(judged, judge_server):
+    base = f"http://127.0.0.1:{judge_server.server_port}/v1"
+    work, result, recorded = judged(OPENAI_API_KEY="sk-stub", OPENAI_API_BASE=base)
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert recorded == "chatgpt-0125"
+    assert set(judge_server.asked) == {("/v1/chat/completions", "Bearer sk-stub")}
+    assert accuracy(work) == 1
+
+
+def test_a_judge_that_does_not_answer_ends_the_run(judged, judge_server):
+    base = f"http://127.0.0.1:{judge_server.server_port}/elsewhere"
+    work, result, _ = judged(OPENAI_API_KEY="sk-stub", OPENAI_API_BASE=base)
+    assert result.returncode == 2, result.stdout[-3000:]
+    assert f"the judge chatgpt-0125 does not answer at {base}/chat/completions (status 404" in result.stdout
+    assert "Traceback" not in result.stdout
+    assert not list((work / MODEL).glob("*_acc.csv"))
+
+
+def test_without_a_key_exact_matching_is_said_and_recorded(judged):
+    work, result, recorded = judged(OPENAI_API_KEY="")
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert "OPENAI_API_KEY is not set: answers are matched exactly instead of judged by chatgpt-0125" in result.stdout
+    assert recorded == "exact_matching"
+    assert accuracy(work) == 11 / 12
 
 
 # --- each kind of score, on answers by hand (in this process: VLMEvalKit's scoring needs no model) ---
@@ -425,6 +507,16 @@ def test_a_served_model_is_asked_the_same_way(server, tmp_path):
     # Asked again, by another process say, nothing is sent.
     assert served(server, tmp_path).generate(message, dataset="D") == "red"
     assert len(server.requests) == 1
+
+
+def test_a_served_model_is_told_how_fast_a_video_runs(server, tmp_path):
+    clip = write_clip(tmp_path / "clip.mp4", 64, 8)
+    message = [{"type": "video", "value": str(clip)}, {"type": "text", "value": "What colour?"}]
+    server.replies = [completion(content="red")]
+    assert served(server, tmp_path).generate(message, dataset="D") == "red"
+    (request,) = server.requests
+    assert request["mm_processor_kwargs"] == {"min_pixels": 1003520, "max_pixels": 12845056, "fps": 4}
+    assert base64.b64decode(request["messages"][0]["content"][0]["video_url"]["url"].split(",")[1]) == clip.read_bytes()
 
 
 @pytest.mark.parametrize(

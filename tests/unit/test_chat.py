@@ -2,8 +2,10 @@
 
 import pytest
 
-from qwen_merge.chat.conversation import ThoughtSplitter
+from clips import write_clip
+from qwen_merge.chat.conversation import InProcess, Settings, ThoughtSplitter, question
 from qwen_merge.cli import main
+from qwen_merge.video import frame_rate, processor_options
 
 
 def pieces(texts: list[str]) -> tuple[str, str]:
@@ -57,3 +59,28 @@ def test_a_thought_is_shown_before_it_ends():
 def test_what_cannot_work_is_said(arguments, said, capsys):
     assert main(["chat", *arguments]) == 2
     assert said in capsys.readouterr().err
+
+
+# --- videos ---
+
+
+def test_a_video_is_measured_in_the_frames_that_a_server_keeps(tmp_path):
+    short, long = write_clip(tmp_path / "short.mp4", 8, 8), write_clip(tmp_path / "long.mp4", 64, 8)
+    assert frame_rate(short) == 8  # all frames are kept
+    assert frame_rate(long) == 4  # 32 of them, in 8 seconds
+    (tmp_path / "no.mp4").write_bytes(b"no video")
+    assert frame_rate(tmp_path / "no.mp4") is None
+    assert processor_options([]) == processor_options([tmp_path / "no.mp4"]) == {}
+    assert processor_options([short, short]) == {"fps": 8}
+    assert processor_options([short, tmp_path / "no.mp4", long]) == {"fps": [8, 2, 4]}
+
+
+def test_in_process_a_video_s_time_is_that_of_its_frames(tmp_path, tied):
+    """Four frames of one second, the fewest that qwen_vl_utils takes: half a second each pair."""
+    settings = Settings(max_tokens=1, temperature=0, top_p=1, top_k=1, seed=0, thinking=True)
+    answerer = InProcess(tied.merged, settings)
+    clip = write_clip(tmp_path / "clip.mp4", 8, 8)
+    inputs = answerer.inputs([question("What?", videos=[clip])])
+    assert inputs["video_grid_thw"][:, 0].tolist() == [2]
+    assert inputs["second_per_grid_ts"].tolist() == [0.5]
+    assert "second_per_grid_ts" not in answerer.inputs([question("What?")])  # control: no video, no time

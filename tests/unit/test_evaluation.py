@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from qwen_merge.errors import UserError
-from qwen_merge.evaluation import records, vlmevalkit
+from qwen_merge.evaluation import judge, records, vlmevalkit
 from qwen_merge.evaluation.records import Question, Records, Settings
 from qwen_merge.overlays import engine, manifest
 
@@ -24,8 +25,20 @@ REPOSITORY = Path(__file__).parents[2]
 def checkpoint(folder: Path, model_type: str = "qwen2_5_vl_merge", **config) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"model_type": model_type, **config}))
-    (folder / "model.safetensors").write_bytes(b"12345678")
+    weights(folder)
     return folder
+
+
+def weights(folder: Path, name: str = "model.safetensors", **changed: int) -> None:
+    """A large tensor in which a small one drowns, as a projector does in an LLM. `changed`: other values of them."""
+    import numpy
+    from safetensors.numpy import save_file
+
+    tensors = {"llm": (3000, 1000), "projector": (50, 50), "empty": (0, 4)}
+    save_file(
+        {tensor: numpy.full(shape, changed.get(tensor, 1), dtype=numpy.float16) for tensor, shape in tensors.items()},
+        folder / name,
+    )
 
 
 def document(path: Path, settings: Settings | None = None, backend: str = "transformers", judge: str | None = None):
@@ -72,7 +85,7 @@ def test_the_same_settings_go_on(tmp_path):
         (lambda d: d["settings"].update(temperature=0.0), "settings: temperature was 0.6, is 0.0"),
         (lambda d: d["settings"].update(min_pixels=1024), "settings: min_pixels was 1003520, is 1024"),
         (lambda d: d.update(backend="vllm"), "backend was 'transformers', is 'vllm'"),
-        (lambda d: d["checkpoint"].update({"bytes of model.safetensors": 9}), "bytes of model.safetensors was 8, is 9"),
+        (lambda d: d["checkpoint"].update({"sampled sha256 of the weights": "x"}), "sampled sha256 of the weights was"),
     ],
 )
 def test_other_settings_are_refused_under_reuse(tmp_path, change, named):
@@ -86,6 +99,46 @@ def test_other_settings_are_refused_under_reuse(tmp_path, change, named):
     assert "--work-dir" in str(refused.value)
     Records(tmp_path, "M", reuse=True).open("D", settings)  # the control: unchanged is taken
     Records(tmp_path, "M", reuse=True).open("other data set", other)  # and another data set is another number
+
+
+@pytest.mark.parametrize("changed", ["llm", "projector"])
+@pytest.mark.parametrize("file", ["model.safetensors", "model-00002-of-00002.safetensors"])
+def test_answers_of_another_stage_of_the_same_size_are_refused_under_reuse(tmp_path, changed, file):
+    before, after, copy = (checkpoint(tmp_path / name) for name in ("stage1", "stage2", "copy"))
+    for folder in (before, copy):
+        weights(folder, file)
+    weights(after, file, **{changed: 2})
+    sizes = [[(path.name, path.stat().st_size) for path in sorted(folder.iterdir())] for folder in (before, after)]
+    assert sizes[0] == sizes[1]
+    answered(tmp_path, document(before), reuse=False)
+    Records(tmp_path, "M", reuse=True).open("D", document(copy))  # the control: the same weights, elsewhere
+    with pytest.raises(UserError, match="sampled sha256 of the weights was"):
+        Records(tmp_path, "M", reuse=True).open("D", document(after))
+
+
+def test_the_fingerprint_reads_little_of_a_large_file(tmp_path, monkeypatch):
+    path = checkpoint(tmp_path / "m")
+    whole = (path / "model.safetensors").stat().st_size
+    read = 0
+
+    class Counting(io.FileIO):
+        def read(self, size=-1):
+            nonlocal read
+            content = super().read(size)
+            read += len(content)
+            return content
+
+    monkeypatch.setattr(records, "open", lambda file, mode: Counting(file), raising=False)
+    records.fingerprint(str(path))
+    # The header, four blocks of the large tensor, and the small one nearly whole.
+    assert 5 * records.SAMPLE_BYTES < read < 10 * records.SAMPLE_BYTES < whole / 100
+
+
+def test_half_a_file_of_weights_is_named(tmp_path):
+    path = checkpoint(tmp_path / "m") / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        records.fingerprint(str(path.parent))
 
 
 def test_another_judge_or_version_is_no_other_answer(tmp_path):
@@ -193,12 +246,13 @@ def configure(monkeypatch, tmp_path):
     monkeypatch.delenv("QWEN_MERGE_ENDPOINT", raising=False)
     monkeypatch.delenv("MMEVAL_ROOT", raising=False)
     monkeypatch.setattr(vlmevalkit, "keep_whole_answers", lambda: None)
+    monkeypatch.setattr(judge, "settle", lambda args: None)
 
     def run(*arguments: str) -> dict:
         parser = argparse.ArgumentParser()
         for option in ("--data", "--model"):
             parser.add_argument(option, nargs="+")
-        for option in ("--config", "--judge"):
+        for option in ("--config", "--judge", "--mode"):
             parser.add_argument(option)
         parser.add_argument("--work-dir", default=str(tmp_path / "work"))
         for option in ("--reuse", "--use-vllm"):
@@ -267,6 +321,48 @@ def test_other_settings_are_refused_before_anything_is_loaded(configure, capsys,
     configure(*line, "--seed", "1")  # without --reuse: asked anew, the old files set aside
     assert not (tmp_path / "work/Qwen-Merge-VL-4B/Qwen-Merge-VL-4B_D_settings.json").exists()
     assert list((tmp_path / "work/set-aside").rglob("Qwen-Merge-VL-4B_D_settings.json"))
+
+
+def test_the_judge_of_answers_that_are_there_is_noted(configure, tmp_path):
+    """VLMEvalKit scores finished predictions without asking the model, which would write the settings."""
+    path = str(checkpoint(tmp_path / "m"))
+    settings = records.document("Qwen-Merge-VL-4B", path, "qwen2_5_vl_merge", "transformers", Settings(), "a")
+    Records(tmp_path / "work", "Qwen-Merge-VL-4B", reuse=False).open("D", settings)
+    line = ["--data", "D", "--model", "Qwen-Merge-VL-4B", "--model-path", path, "--reuse", "--judge", "gpt-4o-mini"]
+
+    def recorded() -> str:
+        file = tmp_path / "work/Qwen-Merge-VL-4B/Qwen-Merge-VL-4B_D_settings.json"
+        return json.loads(file.read_text())["judge"]
+
+    configure(*line, "--mode", "infer")  # the control: nobody judges
+    assert recorded() == "a"
+    configure(*line)
+    assert recorded() == "gpt-4o-mini"
+
+
+@pytest.mark.parametrize(
+    ("given", "completed"),
+    [
+        ("http://localhost:8001/v1", "http://localhost:8001/v1/chat/completions"),
+        ("http://localhost:8001/v1/", "http://localhost:8001/v1/chat/completions"),
+        ("http://localhost:8001", "http://localhost:8001/v1/chat/completions"),
+        ("https://gate.way/openai/v1/chat/completions", "https://gate.way/openai/v1/chat/completions"),
+        ("https://gate.way/chat?version=2", "https://gate.way/chat?version=2"),
+        ("OFFICIAL", "OFFICIAL"),
+        ("", ""),
+    ],
+)
+def test_the_judge_s_address_is_completed(monkeypatch, given, completed):
+    monkeypatch.setenv("OPENAI_API_BASE", given)
+    for _ in range(2):  # what is complete stays
+        judge.complete_address()
+        assert os.environ["OPENAI_API_BASE"] == completed
+
+
+def test_a_judge_s_address_that_is_none_is_refused(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_BASE", "localhost:8001/v1")
+    with pytest.raises(UserError, match=r"OPENAI_API_BASE is 'localhost:8001/v1', no address of a judge"):
+        judge.complete_address()
 
 
 # --- spreadsheets ---

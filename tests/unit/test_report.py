@@ -1,12 +1,15 @@
 """The report: every number where it belongs, none beside one made under other settings, and nobody's text as markup.
 
-Each proof has a control: the same folder with one thing changed, for which the opposite must hold.
+Each proof has a control: the same folder with one thing changed, for which the opposite must hold. The layout is
+checked in headless Chromium where there is one (Debian's package `chromium`).
 """
 
 import csv
 import html
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -24,6 +27,7 @@ from qwen_merge.report.table import arrange, build
 from qwen_merge.report.write import read_all
 
 MODEL = "Qwen-Merge-VL-4B"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PUBLISHED_4B = "Qwen-Merge-VL-4B-stage3"
 
 
@@ -520,6 +524,45 @@ def test_the_page_asks_for_nothing(tmp_path):
     assert not re.findall(r"https?://|//[a-z]|@import|url\(", page)
     assert "default-src 'none'" in page
     assert "prefers-color-scheme: dark" in page
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (apt-get install chromium)")
+@pytest.mark.parametrize("width", [1280, 500])
+def test_the_page_fits_the_window_in_chromium(tmp_path, width):
+    """A script, for which the page's policy is taken out, reads how wide the page became and counts its rows."""
+    folders = [tmp_path / name / MODEL for name in ("one", "two")]
+    for folder in folders:
+        for dataset in ("MMStar", "AI2D_TEST"):
+            complete(folder, dataset)
+        answer = {"question": "word " * 400, "response": "<think>" + "x" * 3000 + "</think>B", "answer": "B" * 500}
+        answered(folder, "MMStar", [answer])
+    page = page_of(tmp_path, *folders)
+    opened = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page)
+    assert opened != page
+    probe = (
+        "<script>for (const folded of document.querySelectorAll('details')) folded.open = true;"
+        "document.title = document.documentElement.scrollWidth + ' ' + "
+        "[...document.querySelectorAll('tbody tr')].filter(row => row.offsetHeight > 0).length</script></body>"
+    )
+    probed = tmp_path / "probed.html"
+    probed.write_text(opened.replace("</body>", probe), encoding="utf-8")
+
+    def measured(file: Path) -> tuple[int, int]:
+        command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+        command += [f"--window-size={width},900", "--dump-dom", file.as_uri()]
+        dumped = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+        found = re.search(r"<title>(\d+) (\d+)</title>", dumped)
+        assert found, dumped[:500]
+        return int(found[1]), int(found[2])
+
+    wide, rows = measured(probed)
+    assert wide <= width
+    assert rows >= 2
+    # Control: words that may not be broken, and tables that do not scroll by themselves, are wider than the window.
+    broken = tmp_path / "broken.html"
+    style = re.sub(r"overflow-wrap: anywhere|overflow-x: auto|overflow: auto", "", probed.read_text(encoding="utf-8"))
+    broken.write_text(style, encoding="utf-8")
+    assert measured(broken)[0] > width
 
 
 def test_pictures_come_small_and_without_their_metadata(tmp_path):

@@ -2,6 +2,9 @@
 
 import importlib.util
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -117,11 +120,75 @@ def test_prompts_that_would_stop_the_engine_are_refused(token_ids, media, said):
         check_tokens(CONFIG, {"prompt_token_ids": token_ids, "multi_modal_data": media})
 
 
-def test_pictures_are_not_scaled_beyond_what_was_made_room_for():
-    check_processor_options({"min_pixels": 100, "max_pixels": 1000, "fps": 9999, "size": {"longest_edge": 1000}}, 1000)
-    for options in ({"max_pixels": 1001}, {"min_pixels": 0}, {"max_pixels": "9"}, {"size": {"longest_edge": 4000}}):
-        with pytest.raises(ValueError, match="expected 1 to 1,000 pixels"):
-            check_processor_options(options, 1000)
+@pytest.mark.parametrize(
+    ("options", "frames"),
+    [
+        ({"min_pixels": 100, "max_pixels": 1000}, []),
+        ({"size": {"shortest_edge": 1, "longest_edge": 1000}, "fps": 2}, []),
+        ({"fps": 0.5}, [32]),
+        ({"fps": [2, 29.97]}, [32, 4]),
+        ({"fps": 1}, [50, 50]),
+    ],
+)
+def test_processor_options_within_bounds_pass(options, frames):
+    check_processor_options(options, 1000, frames, longest=100)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"max_pixels": 1001}, "max_pixels is 1001; expected 1 to 1,000 pixels"),
+        ({"min_pixels": 0}, "expected 1 to 1,000 pixels"),
+        ({"max_pixels": "9"}, "expected 1 to 1,000 pixels"),
+        ({"max_pixels": True}, "expected 1 to 1,000 pixels"),
+        ({"max_pixels": 9.5}, "expected 1 to 1,000 pixels"),
+        ({"size": {"shortest_edge": 1, "longest_edge": 4000}}, "size.longest_edge is 4000; expected 1 to 1,000"),
+        ({"size": {"longest_edge": 100}}, "expected an object with shortest_edge and longest_edge"),
+        ({"size": {"shortest_edge": 1, "longest_edge": 9, "height": 9}}, "expected an object with"),
+        ({"size": 5}, "size is 5; expected an object with"),
+        ({"size": None}, "size is None; expected an object with"),
+        ({"patch_size": 28}, "patch_size cannot be set by a request; expected min_pixels, max_pixels, size, fps"),
+        ({"temporal_patch_size": 1}, "temporal_patch_size cannot be set"),
+        ({"merge_size": 1}, "merge_size cannot be set"),
+        ({"images_kwargs": {"min_pixels": 10**9}}, "images_kwargs cannot be set"),
+        ({"videos_kwargs": {"fps": 2}, "do_resize": False}, "do_resize, videos_kwargs cannot be set"),
+        ({"fps": 9999}, "fps is 9999; expected 0.001 to 240 frames a second"),
+        ({"fps": 1e-4}, "expected 0.001 to 240"),
+        ({"fps": -1}, "expected 0.001 to 240"),
+        ({"fps": 0}, "expected 0.001 to 240"),
+        ({"fps": float("nan")}, "expected 0.001 to 240"),
+        ({"fps": "2"}, "expected 0.001 to 240"),
+        ({"fps": None}, "expected 0.001 to 240"),
+        ({"fps": [2, -1]}, "expected 0.001 to 240"),
+        ({"fps": [2]}, r"1 value\(s\) for 2 video\(s\)"),
+        ({"fps": []}, r"0 value\(s\) for 2 video\(s\)"),
+        ({"fps": 0.3}, "the videos last 120 seconds; at most 100 are allowed"),
+        ({"fps": [2, 0.1]}, "the videos last 170 seconds"),
+    ],
+)
+def test_processor_options_that_would_stop_the_engine_are_refused(options, said):
+    with pytest.raises(ValueError, match=said):
+        check_processor_options(options, 1000, [20, 16], longest=100)
+
+
+# --- what needs vLLM's classes: in a process of its own, whose settings of PyTorch vLLM changes for good ---
+
+
+@pytest.mark.parametrize("file", ["engines.py", "thinking_budget.py"])
+def test_in_a_process_with_vllm(file):
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed")
+    folder = Path(__file__).parents[1] / "in_vllm"
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n0", folder / file],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=400,
+    )
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+    assert re.search(r"^\d+ passed", result.stdout, re.MULTILINE), result.stdout[-2000:]
 
 
 # --- the mend for an older libstdc++ ---

@@ -8,8 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 from qwen_merge.errors import UserError
+from qwen_merge.video import processor_options
 
 OPEN, CLOSE = "<think>", "</think>"
 
@@ -105,16 +107,22 @@ class InProcess:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = AutoModelForImageTextToText.from_pretrained(folder, torch_dtype="auto").to(device).eval()
 
-    def answer(self, messages: list[dict]) -> Iterator[tuple[str, str]]:
-        import torch
+    def inputs(self, messages: list[dict]):
+        """What the model sees: the rendered conversation, its pictures and videos, and how fast the videos run."""
         from qwen_vl_utils import process_vision_info
-        from transformers import TextIteratorStreamer
 
         text = self.processor.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, enable_thinking=self.settings.thinking
         )
-        images, videos = process_vision_info(messages)
-        inputs = self.processor(text=[text], images=images, videos=videos, return_tensors="pt").to(self.model.device)
+        images, videos, options = process_vision_info(messages, return_video_kwargs=True)
+        rates = {"fps": options["fps"]} if videos else {}
+        return self.processor(text=[text], images=images, videos=videos, return_tensors="pt", **rates)
+
+    def answer(self, messages: list[dict]) -> Iterator[tuple[str, str]]:
+        import torch
+        from transformers import TextIteratorStreamer
+
+        inputs = self.inputs(messages).to(self.model.device)
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         greedy = self.settings.temperature == 0
         sampling = {
@@ -185,6 +193,9 @@ class Endpoint:
         template: dict[str, bool | int] = {"enable_thinking": self.settings.thinking}
         if self.settings.thinking_budget is not None:
             template["thinking_budget"] = self.settings.thinking_budget
+        body: dict[str, Any] = {"top_k": self.settings.top_k, "chat_template_kwargs": template}
+        if options := processor_options(_videos(messages)):
+            body["mm_processor_kwargs"] = options
         try:
             stream = self.client.chat.completions.create(
                 model=self.model,
@@ -194,7 +205,7 @@ class Endpoint:
                 temperature=self.settings.temperature,
                 top_p=self.settings.top_p,
                 seed=self.settings.seed,
-                extra_body={"top_k": self.settings.top_k, "chat_template_kwargs": template},
+                extra_body=body,
             )
             splitter = ThoughtSplitter()
             for chunk in stream:
@@ -209,6 +220,10 @@ class Endpoint:
             raise UserError(f"the server refused the request: {error}") from error
         except httpx.HTTPError as error:
             raise UserError(f"the server broke off in the middle of the answer: {error}") from error
+
+
+def _videos(messages: list[dict]) -> list[str]:
+    return [part["video"] for message in messages for part in message["content"] if part["type"] == "video"]
 
 
 def _as_data_urls(message: dict) -> dict:

