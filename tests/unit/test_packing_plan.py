@@ -5,6 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from accelerate import Accelerator, skip_first_batches
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader
 
 FILE = Path(__file__).parents[2] / "src/qwen_merge/overlays/llamafactory/files/qwen_merge_plan.py"
 
@@ -82,6 +85,47 @@ def test_epochs_take_the_steps_in_other_orders_and_all_of_them(planner):
     assert all(second[i] // 4 == second[i + 3] // 4 for i in range(0, len(second), 4))  # steps stay together
     sampler.set_epoch(1)
     assert list(sampler) == second
+
+
+def loader(sampler, rank: int, ranks: int):
+    """What Trainer makes of the plan; of two ranks, one."""
+    plain = DataLoader(range(len(sampler)), batch_size=1, sampler=sampler)
+    if ranks == 1:
+        return Accelerator(cpu=True).prepare(plain)
+    return prepare_data_loader(plain, num_processes=ranks, process_index=rank, put_on_device=False)
+
+
+def numbers_of(batches) -> list[int]:
+    return [int(batch) for batch in batches]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("goes_back", [False, True])
+def test_the_rest_of_a_later_epoch_is_that_of_the_whole_one(planner, monkeypatch, ranks, goes_back):
+    """Trainer resumes so; Accelerate's loader for the rest begins with epoch 0 and says so to the sampler."""
+    if goes_back:  # the control
+        monkeypatch.setattr(planner.PlanSampler, "set_epoch", lambda self, epoch: setattr(self, "epoch", epoch))
+    lengths, patches = stage_two(1500)
+    plan = planner.make_plan(lengths, patches, 8096, 2, seed=1)
+    skipped, complete, whole, resumed = 5, True, [], []
+    for rank in range(ranks):
+        uninterrupted = loader(planner.PlanSampler(plan, seed=1), rank, ranks)
+        for epoch in range(2):
+            uninterrupted.set_epoch(epoch)
+            numbers = numbers_of(uninterrupted)
+        again = loader(planner.PlanSampler(plan, seed=1), rank, ranks)
+        again.set_epoch(1)
+        rest = numbers_of(skip_first_batches(again, skipped))
+        again.set_epoch(2)  # and what comes behind it
+        uninterrupted.set_epoch(2)
+        assert numbers_of(again) == numbers_of(uninterrupted)
+        complete &= numbers[skipped:] == rest
+        whole += numbers
+        resumed += numbers[:skipped] + rest
+    assert sorted(whole) == list(range(len(plan)))
+    # Over several ranks the sampler lies deeper than Accelerate looks.
+    assert complete == (not goes_back or ranks == 2)
+    assert (sorted(resumed) == list(range(len(plan)))) == complete
 
 
 @pytest.mark.parametrize("samples", [1, 3, 5, 17])

@@ -136,8 +136,13 @@ class PackedDataset(TorchDataset):
     source: np.ndarray
     row: np.ndarray
     plan: Plan
-    sampler: PlanSampler
+    seed: int
     is_packed: ClassVar[bool] = True
+
+    @property
+    def sampler(self) -> PlanSampler:
+        r"""A new one for each training: it remembers how far its own has come."""
+        return PlanSampler(self.plan, self.seed)
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -260,8 +265,8 @@ def get_packed_dataset(template, model_args, data_args, training_args, tokenizer
         f"{plan.fill:.1%} full."
     )
     _check_plan(plan, source[kept], row[kept], training_args)
-    sampler = PlanSampler(plan, training_args.seed)
-    return {**module, "train_dataset": PackedDataset(sources, source[kept], row[kept], plan, sampler)}
+    packs = PackedDataset(sources, source[kept], row[kept], plan, training_args.seed)
+    return {**module, "train_dataset": packs}
 
 
 def _identity(row: dict) -> dict:

@@ -111,13 +111,17 @@ def make_plan(lengths: np.ndarray, patches: np.ndarray, capacity: int, group: in
 
 
 class PlanSampler(Sampler[int]):
-    r"""Numbers of packs for one epoch: the plan's steps, from the second epoch on in another order."""
+    r"""Numbers of packs for one epoch: the plan's steps, from the second epoch on in another order.
+
+    One serves one training from its first epoch on, or from where it is resumed.
+    """
 
     def __init__(self, plan: Plan, seed: int) -> None:
         self.plan, self.seed, self.epoch = plan, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        r"""Never goes back: Accelerate's loader for the rest of an epoch counts from 0, behind Trainer's own call."""
+        self.epoch = max(self.epoch, epoch)
 
     def __len__(self) -> int:
         return len(self.plan)
