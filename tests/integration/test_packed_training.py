@@ -2,14 +2,18 @@
 
 import json
 import shutil
-from itertools import chain
+from argparse import Namespace
+from collections import Counter
+from itertools import chain, islice
 
 import numpy as np
 import pytest
 import torch
-from accelerate.data_loader import BatchSamplerShard
+from accelerate import skip_first_batches
+from accelerate.data_loader import BatchSamplerShard, prepare_data_loader
+from llamafactory.data.qwen_merge_packing import collate_packs, packs_samples
 from safetensors.torch import load_file
-from torch.utils.data import BatchSampler
+from torch.utils.data import BatchSampler, DataLoader
 
 from qwen_merge.data import check_recipe
 from qwen_merge.data.schema import Record
@@ -117,8 +121,6 @@ def write_videos(folder) -> None:
 
 
 def test_videos_are_packed_as_llama_factory_tokenises_them(data, tied):
-    from llamafactory.data.qwen_merge_packing import collate_packs
-
     write_videos(data)
     options = {"folder": data, "model": tied.merged, "dataset": "clips", "cutoff_len": 300}
     packed, plain = loaded(**options), loaded(**options, neat_packing=False)
@@ -139,15 +141,80 @@ def test_a_sample_whose_picture_is_cut_is_left_out_with_a_word(data, tied, caplo
     assert f"{40 - kept} of 40 samples are left out" in caplog.text
 
 
-def test_a_stream_gives_every_sample_once_in_full_packs(data, tied):
+def spread(packs, samples: list[tuple]) -> float:
+    """By how many rounds the sample that was taken most often is ahead of the one that was taken least often."""
+    taken, copies = Counter(texts(packs)), Counter(samples)
+    assert set(taken) <= set(copies)
+    rounds = [taken[sample] / copies[sample] for sample in copies]
+    return max(rounds) - min(rounds)
+
+
+def test_a_stream_gives_every_sample_in_full_packs_round_after_round(data, tied, monkeypatch):
+    monkeypatch.setattr("llamafactory.data.qwen_merge_packing.STREAMED_STEPS", 2)
     streaming = {"streaming": True, "max_steps": 5, "buffer_size": 8, "dataloader_num_workers": 1}
     stream = loaded(data, tied.merged, "mixed,more", cutoff_len=400, **streaming)
     whole = loaded(data, tied.merged, "mixed,more", cutoff_len=400)
-    stream = type(stream)(stream.rows, stream.samples, stream.capacity, 1, stream.seed)
-    once = list(stream)
-    assert texts(once) == texts(whole[i] for i in range(len(whole)))
-    assert texts(once) == texts(stream)
-    assert [lengths(pack) for pack in once] == [lengths(pack) for pack in stream]
+    samples = texts(whole[i] for i in range(len(whole)))
+    rounds = 4
+    packs = list(islice(stream, int(rounds * sum(map(len, samples)) / 400)))
+    assert max(map(sum, map(lengths, packs))) <= 400
+    assert sum(map(sum, map(lengths, packs))) > 0.85 * 400 * len(packs)  # nothing is cut short between two rounds
+    # Some samples wait, into the next round or for longer.
+    assert spread(packs, samples) <= 2
+    again = list(islice(stream, len(packs)))
+    assert [texts([pack]) for pack in packs] == [texts([pack]) for pack in again]
+    half = len(packs) // rounds
+    assert [texts([pack]) for pack in packs[:half]] != [texts([pack]) for pack in packs[half : 2 * half]]
+
+
+def test_a_stream_in_two_ranks_with_two_workers_each_and_resumed_behind_its_first_round(data, tied, monkeypatch):
+    monkeypatch.setattr("llamafactory.data.qwen_merge_packing.STREAMED_STEPS", 2)
+    streaming = {"streaming": True, "max_steps": 5, "buffer_size": 8, "dataloader_num_workers": 2}
+    options = {"folder": data, "model": tied.merged, "dataset": "even", "cutoff_len": CAPACITY}
+    stream = loaded(**options, per_device_train_batch_size=2, **streaming)
+    plain = loaded(**options)
+    samples = texts(plain[i] for i in range(len(plain)))
+    assert len(set(samples)) == EVEN
+
+    def read(rank: int, skipped: int, steps: int) -> list[dict]:
+        loader = DataLoader(stream, batch_size=1, num_workers=2, collate_fn=lambda packs: packs[0])
+        loader = prepare_data_loader(loader, num_processes=2, process_index=rank, put_on_device=False)
+        loader.set_epoch(0)
+        return list(islice(skip_first_batches(loader, skipped) if skipped else loader, steps))
+
+    a_round = len(plain) // 2
+    whole = [read(rank, 0, 3 * a_round) for rank in range(2)]
+    for pair in zip(*whole, strict=True):
+        assert not set(texts(pair[:1])) & set(texts(pair[1:]))
+    assert spread(chain(*whole), samples) <= 2
+    assert spread(chain(whole[0], whole[0]), samples) > 2  # the control: ranks with the same packs
+    for rank in range(2):
+        rest = read(rank, 2 * a_round, a_round)
+        assert [texts([pack]) for pack in rest] == [texts([pack]) for pack in whole[rank][2 * a_round :]]
+        assert len(rest) == a_round
+
+
+def test_a_stream_without_a_number_of_steps_is_refused(data, tied, caplog):
+    with caplog.at_level("ERROR"), pytest.raises(SystemExit) as stop:
+        loaded(data, tied.merged, "mixed", streaming=True, max_steps=0)
+    assert stop.value.code == 2
+    assert "max_steps must say how many steps are trained" in caplog.text
+
+
+def test_packing_alone_keeps_samples_apart_too(data, tied, caplog):
+    options = {"folder": data, "model": tied.merged, "dataset": "mixed,more", "cutoff_len": 1400}
+    neat = loaded(**options)
+    with caplog.at_level("WARNING"):
+        plain = loaded(**options, neat_packing=False, packing=True)
+    assert "samples of a pack never see each other" in caplog.text
+    assert [texts([plain[i]]) for i in range(len(plain))] == [texts([neat[i]]) for i in range(len(neat))]
+    batch = collate_packs(collator(data, tied.merged), [plain[0]])
+    assert batch["cu_seq_lens_q"].tolist() == np.cumsum([0, *lengths(plain[0])]).tolist()
+    # The controls: a template of others', and captions read as plain text, where packing is on without a word.
+    other = loaded(**options, neat_packing=False, packing=True, template="qwen2_vl")
+    assert not hasattr(other, "plan")
+    assert not packs_samples(Namespace(packing=True, template="qwen_merge_vl"), "pt")
+    assert packs_samples(Namespace(packing=True, template="qwen_merge_vl"), "sft")
 
 
 def test_ranks_see_disjoint_and_complete_data(data, tied):

@@ -14,6 +14,7 @@ import sys
 from copy import copy
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import count
 from typing import TYPE_CHECKING, Any, Callable, ClassVar, Iterator, Optional
 
 import numpy as np
@@ -44,8 +45,9 @@ TEMPLATES = ("qwen_merge_vl", "qwen_merge_vl_pt")
 STREAMED_STEPS = 16  # packs of this many steps are planned at a time when the data are streamed
 
 
-def packs_samples(data_args: "DataArguments") -> bool:
-    return bool(data_args.neat_packing and data_args.template in TEMPLATES)
+def packs_samples(data_args: "DataArguments", stage: str) -> bool:
+    r"""Whether packs are planned here. Also without `neat_packing`, where LLaMA-Factory lets samples see each other."""
+    return bool(stage == "sft" and data_args.packing and data_args.template in TEMPLATES)
 
 
 class Grids:
@@ -157,32 +159,42 @@ class PackedDataset(TorchDataset):
 
 @dataclass
 class StreamedPacks(IterableDataset):
-    r"""Packs of a stream, planned for a few steps at a time; samples of packs with much room wait for the next ones."""
+    r"""Packs of a stream, planned for a few steps at a time; samples of packs with much room wait for the next ones.
+
+    `rows`: what is read, in its own order; each round shuffles it otherwise. There is no end: Trainer counts all steps
+    of a stream as one epoch, and one that is resumed must find the steps of all rounds in it.
+    """
 
     rows: Any
     samples: Samples
     capacity: int
     group: int
     seed: int
+    buffer: int
     is_packed: ClassVar[bool] = True
-
-    def set_epoch(self, epoch: int) -> None:
-        self.rows.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[dict[str, list[dict[str, Any]]]]:
         waiting: list[dict[str, Any]] = []
         tokens, wanted = 0, STREAMED_STEPS * self.group * self.capacity
-        for row in self.rows:
-            feature = self.samples.encode(row)
-            if feature is not None:
-                waiting.append(feature)
-                tokens += len(feature["input_ids"])
+        for feature in self._features():
+            waiting.append(feature)
+            tokens += len(feature["input_ids"])
             if tokens >= wanted:
                 packs, waiting = self._full_packs(waiting)
                 tokens = sum(len(feature["input_ids"]) for feature in waiting)
                 yield from packs
-        if waiting:
-            yield from self._packs(waiting)
+
+    def _features(self) -> Iterator[dict[str, Any]]:
+        r"""All samples of the first round, then of the second, and so on."""
+        for epoch in count():
+            # Not by set_epoch: its number is one for all workers, of which some are ahead of others.
+            rows = self.rows.shuffle(seed=self.seed + epoch, buffer_size=self.buffer)
+            found = False
+            for feature in filter(None, map(self.samples.encode, rows)):
+                found = True
+                yield feature
+            if not found:  # a worker more than there are shards
+                return
 
     def _packs(self, features: list[dict[str, Any]]) -> list[dict[str, list[dict[str, Any]]]]:
         lengths = np.array([len(feature["input_ids"]) for feature in features])
@@ -217,6 +229,12 @@ def get_packed_dataset(template, model_args, data_args, training_args, tokenizer
         _stop("val_size cannot be taken from packed data. Name a set of its own: eval_dataset.")
     if data_args.tokenized_path is not None:
         _stop("tokenized_path is not for packed data, whose pictures stay where they are. Remove it.")
+    if data_args.streaming and training_args.max_steps <= 0:
+        _stop("A stream has no end: max_steps must say how many steps are trained, for instance max_steps: 1000.")
+    if not data_args.neat_packing:
+        logger.warning_rank0(
+            f"packing with template {data_args.template}: samples of a pack never see each other, as with neat_packing."
+        )
     whole = copy(data_args)
     whole.cutoff_len += 1  # LLaMA-Factory takes one off for the padding of its own packs
     make = SupervisedDatasetProcessor(template=template, tokenizer=tokenizer, processor=processor, data_args=whole)
@@ -226,10 +244,18 @@ def get_packed_dataset(template, model_args, data_args, training_args, tokenizer
         training_args.accelerator_config.dispatch_batches = False  # each rank reads the stream; packs do not travel
         sets = [load(attribute, model_args, data_args, training_args) for attribute in attributes]
         rows = merge_dataset(sets, data_args, training_args.seed)
-        rows = rows.shuffle(buffer_size=data_args.buffer_size, seed=training_args.seed)
-        packs = StreamedPacks(rows, Samples(_identity, make), whole.cutoff_len, group, training_args.seed)
+        workers = training_args.dataloader_num_workers
+        if workers and rows.num_shards % workers:
+            logger.warning_rank0(
+                f"The stream has {rows.num_shards} shards for {workers} workers, each of which goes round its own: some "
+                "are read more often than others. Set dataloader_num_workers to a divisor."
+            )
+        samples = Samples(_identity, make)
+        packs = StreamedPacks(rows, samples, whole.cutoff_len, group, training_args.seed, data_args.buffer_size)
         return {**module, "train_dataset": packs}
 
+    data_args = copy(data_args)
+    data_args.align_when_read = True
     sources, references = [], []
     with training_args.main_process_first(desc="measure samples", local=(not data_args.data_shared_file_system)):
         for number, attribute in enumerate(attributes):
