@@ -1,11 +1,19 @@
 """Several samples in one row: the loss and every gradient are those of the samples alone."""
 
 import copy
+import functools
+import sys
+from functools import cached_property
+from types import ModuleType
 
 import pytest
 import torch
+from torch.nn import functional
+from transformers import modeling_flash_attention_utils
 
 from packing import SAMPLES, alone, apart, distance, gradients, packed, trajectory
+from qwen_merge.architecture import modeling_qwen2_5_vl_merge as merge
+from qwen_merge.architecture import vision_qwen2_5_vl_merge as vision
 from qwen_merge.architecture.modeling_qwen2_5_vl_merge import Qwen2_5_VL_MergeForConditionalGeneration
 
 
@@ -79,6 +87,120 @@ def test_compiled_layers_give_the_same(model, expected):
     output = compiled(**packed(samples), use_cache=False)
     assert abs(float(output.loss) - loss) < 1e-5
     assert distance(gradients(compiled, output.loss), grads) < 1e-4
+
+
+def test_the_number_of_samples_is_no_part_of_a_compiled_layer(model, expected):
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = copy.deepcopy(model)
+    torch._dynamo.reset()
+    compiled.model.language_model.layers[0].compile(backend=backend, dynamic=True)
+    found = []
+    for count in (4, 5, 6):
+        compiled(**packed(expected[0][:count]), use_cache=False)
+        found.append(len(graphs))
+    assert 0 < found[0] == found[1] == found[2]
+
+
+def test_samples_are_counted_once_a_forward_also_where_layers_are_run_again(model, expected, monkeypatch):
+    asked = []
+    counted = merge.Samples.lengths.func
+    lengths = cached_property(lambda self: asked.append(1) or counted(self))
+    lengths.__set_name__(merge.Samples, "lengths")
+    monkeypatch.setattr(merge.Samples, "lengths", lengths)
+    try:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(**packed(expected[0]), use_cache=False).loss.backward()
+    finally:
+        model.gradient_checkpointing_disable()
+    assert len(asked) == 1
+
+
+@pytest.fixture
+def flash_attn(monkeypatch):
+    """flash-attn's function, computed with PyTorch's; a list of its calls."""
+    calls = []
+
+    def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options):
+        assert cu_seqlens_q.dtype == torch.int32
+        assert max_seqlen_q == int(cu_seqlens_q.diff().max())
+        causal = options.get("causal", False) or options.get("window_size", (-1, -1)) == (-1, 0)
+        calls.append(causal)
+        parts = zip(*(x.split(cu_seqlens_q.diff().tolist()) for x in (q, k, v)), strict=True)
+        attend = functools.partial(functional.scaled_dot_product_attention, is_causal=causal, enable_gqa=True)
+        return torch.cat([attend(*(x.transpose(0, 1) for x in part)).transpose(0, 1) for part in parts])
+
+    module = ModuleType("flash_attn")
+    module.flash_attn_varlen_func = flash_attn_varlen_func
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    return calls
+
+
+def without_offsets(q, k, v, offsets_q, offsets_k, longest_q, longest_k, window_size=(-1, -1)):
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    causal = window_size == (-1, 0)
+    return functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True).transpose(0, 1)
+
+
+@pytest.mark.parametrize("control", [False, True])
+def test_flash_attn_takes_the_place_of_pytorchs_varlen_kernel(model, expected, flash_attn, monkeypatch, control):
+    samples, loss, grads = expected
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)  # of a PyTorch that has it
+    varlen = without_offsets if control else vision._varlen_attn()
+    for module in (merge, vision):
+        monkeypatch.setattr(module, "takes_varlen", lambda states: True)
+        monkeypatch.setattr(module, "varlen_attn", varlen)
+    output = model(**packed(samples), use_cache=False)
+    found = distance(gradients(model, output.loss), grads)
+    if control:
+        assert found > 1e-3
+        return
+    assert abs(float(output.loss) - loss) < 1e-5
+    assert found < 1e-5
+    layers = model.config.num_hidden_layers
+    assert flash_attn.count(True) == layers  # of the LLM
+    assert flash_attn.count(False) == 2 * len(model.model.visual.blocks)  # pictures, then videos
+
+
+def test_without_flash_attn_and_in_an_older_pytorch_there_is_no_varlen_kernel(monkeypatch):
+    for name in ("torch.nn.attention.varlen", "flash_attn"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert vision._varlen_attn() is None
+
+
+@pytest.mark.parametrize("control", [False, True])
+def test_transformers_own_flash_attention_gets_the_offsets(model, expected, flash_attn, monkeypatch, control):
+    samples, loss, grads = expected
+    function = sys.modules["flash_attn"].flash_attn_varlen_func
+    names = {"flash_attn_varlen_func": function, "flash_241": False, "_flash_supports_window_size": False}
+    for name, value in names.items():
+        monkeypatch.setattr(modeling_flash_attention_utils, name, value, raising=False)
+    whole = lambda q, k, v, *_, causal, **__: without_offsets(  # noqa: E731
+        *(x[0] for x in (q, k, v)), *[None] * 4, window_size=(-1, 0) if causal else (-1, -1)
+    )[None]
+    monkeypatch.setattr(modeling_flash_attention_utils, "flash_attn_func", whole)
+    other = copy.deepcopy(model)
+    configs = [
+        other.model.language_model.config,
+        *(layer.self_attn.config for layer in other.model.language_model.layers),
+    ]
+    for config in configs:
+        config._attn_implementation_internal = "flash_attention_2"
+    row = packed(samples)
+    if control:
+        row = {name: value for name, value in row.items() if not name.startswith(("cu_seq", "max_length"))}
+    output = other(**row, use_cache=False)
+    found = distance(gradients(other, output.loss), grads)
+    if control:
+        assert found > 1e-3
+        return
+    assert abs(float(output.loss) - loss) < 1e-5
+    assert found < 1e-5
+    assert flash_attn == [True] * model.config.num_hidden_layers
 
 
 def test_a_mask_beside_the_offsets_is_refused(model, expected):

@@ -13,7 +13,7 @@ On the disk the tensors are named `visual.*`, `model.*` and `lm_head.weight`; in
 import copy
 import re
 from contextvars import ContextVar
-from functools import wraps
+from functools import cached_property, wraps
 
 import torch
 from torch import nn
@@ -38,7 +38,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
 
 # Relative imports: the files stay neighbours wherever they are copied to.
 from .configuration_qwen2_5_vl_merge import Qwen2_5_VL_MergeConfig, Qwen2_5_VL_MergeTextConfig
-from .vision_qwen2_5_vl_merge import Qwen2_5_VL_MergeVisionTransformer, varlen_attn
+from .vision_qwen2_5_vl_merge import Qwen2_5_VL_MergeVisionTransformer, takes_varlen, varlen_attn
 
 # Positions (3, batch, tokens) on their way from the text model to its rotary embedding. Qwen3's decoder would pass 3-D
 # `position_ids` on to every layer, where flash attention looks in them for packed samples. A ContextVar, so that
@@ -51,29 +51,44 @@ PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 _PACKING: ContextVar[dict] = ContextVar("packing", default={})  # noqa: B039, never written to
 
 
-def packed_sdpa_attention(module, query, key, value, attention_mask, cu_seq_lens_q=None, max_length_q=None, **kwargs):
+class Samples:
+    """How many tokens each sample of a row has, on the host: no layer but the first that asks waits for the device.
+
+    An object, not a list: the numbers in a list would be part of a compiled layer.
+    """
+
+    def __init__(self, offsets: torch.Tensor):
+        self.offsets = offsets
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        return self.offsets.diff().tolist()
+
+
+def packed_sdpa_attention(
+    module, query, key, value, attention_mask, cu_seq_lens_q=None, max_length_q=None, samples=None, **kwargs
+):
     """transformers' sdpa attention, which also takes a row of several samples: each attends to itself alone.
 
     query (1, heads, tokens, head_dim), key and value with their own number of heads -> (1, tokens, heads, head_dim).
-    No mask over the row is made: PyTorch's varlen kernel takes all samples at once where it exists (2.10, CUDA,
-    16 bit), elsewhere each is a call of its own, which on GPUs is the flash kernel.
+    No mask over the row is made: a varlen kernel (PyTorch 2.10 or flash-attn; CUDA, 16 bit) takes all samples at once,
+    elsewhere each is a call of its own, which on GPUs is the flash kernel.
     """
     if kwargs.pop("output_attentions", False) and cu_seq_lens_q is None:
         return eager_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    if varlen_attn is not None and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+    if takes_varlen(query):
         q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
         output = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, window_size=(-1, 0))
         return output[None], None
-    return _attend_one_by_one(module, query, key, value, cu_seq_lens_q, **kwargs), None
+    return _attend_one_by_one(module, query, key, value, samples, **kwargs), None
 
 
 @torch.compiler.disable  # the number of samples would be part of a compiled layer
-def _attend_one_by_one(module, query, key, value, offsets, **kwargs) -> torch.Tensor:
-    lengths = offsets.diff().tolist()
-    samples = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
-    outputs = [sdpa_attention_forward(module, *sample, None, is_causal=True, **kwargs)[0] for sample in samples]
+def _attend_one_by_one(module, query, key, value, samples: Samples, **kwargs) -> torch.Tensor:
+    parts = zip(*(states.split(samples.lengths, dim=2) for states in (query, key, value)), strict=True)
+    outputs = [sdpa_attention_forward(module, *part, None, is_causal=True, **kwargs)[0] for part in parts]
     return torch.cat(outputs, dim=1)
 
 
@@ -124,6 +139,8 @@ class Qwen2_5_VL_MergeTextModel(Qwen3Model):
                 "see all samples of a row"
             )
         kwargs.update(packing)
+        if packing and self.config._attn_implementation == "sdpa":
+            kwargs["samples"] = Samples(packing["cu_seq_lens_q"])
         if position_ids is None or position_ids.ndim == 2:
             return super().forward(*args, position_ids=position_ids, **kwargs)
         token = _MROPE_POSITIONS.set(position_ids)

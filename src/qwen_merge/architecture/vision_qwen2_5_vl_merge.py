@@ -24,10 +24,33 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 
 from .configuration_qwen2_5_vl_merge import Qwen2_5_VL_MergeVisionConfig
 
-try:
-    from torch.nn.attention.varlen import varlen_attn  # from PyTorch 2.10 on
-except ImportError:
-    varlen_attn = None
+
+def _varlen_attn():
+    """PyTorch's kernel for segments of different lengths (from 2.10 on), flash-attn's behind its name, or None."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        pass
+    else:
+        return varlen_attn
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+
+    def varlen_attn(q, k, v, offsets_q, offsets_k, longest_q, longest_k, window_size=(-1, -1)):
+        lengths = (offsets_q, offsets_k, longest_q, longest_k)
+        return flash_attn_varlen_func(q, k, v, *lengths, window_size=window_size)
+
+    return varlen_attn
+
+
+varlen_attn = _varlen_attn()
+
+
+def takes_varlen(states: torch.Tensor) -> bool:
+    """Whether `varlen_attn` is there and takes such states: on CUDA, 16 bit."""
+    return varlen_attn is not None and states.is_cuda and states.dtype in (torch.bfloat16, torch.float16)
 
 
 class Qwen2_5_VL_MergePatchMerger(Qwen2_5_VLPatchMerger):
@@ -86,10 +109,10 @@ def after_attention(block: nn.Module, hidden_states: torch.Tensor, attended: tor
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments) -> torch.Tensor:
     """q, k, v (patches, heads, head width) -> the same shape, each patch from its segment.
 
-    PyTorch's varlen kernel takes all segments at once where it exists (2.10, CUDA, 16 bit); elsewhere neighbours of
-    equal length go through scaled_dot_product_attention as one batch, which on GPUs is its flash kernel.
+    A varlen kernel (PyTorch 2.10 or flash-attn; CUDA, 16 bit) takes all segments at once; elsewhere neighbours of equal
+    length go through scaled_dot_product_attention as one batch, which on GPUs is its flash kernel.
     """
-    if varlen_attn is not None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+    if takes_varlen(q):
         longest = max(segments.lengths)
         return varlen_attn(q, k, v, segments.offsets, segments.offsets, longest, longest)
     return attend_in_batches(q, k, v, segments.lengths)
