@@ -131,6 +131,12 @@ def test_videos_are_packed_as_llama_factory_tokenises_them(data, tied):
     assert len(batch["pixel_values_videos"]) == patches
     assert int((batch["input_ids"] == config["video_token_id"]).sum()) * 4 == patches
     assert len(batch["cu_seq_lens_q"]) == 1 + 9
+    # What the model need not ask the device for.
+    ids, told = batch["input_ids"][0], [config["image_token_id"], config["video_token_id"]]
+    assert batch["samples"] == batch["cu_seq_lens_q"].diff().tolist()
+    assert batch["grids"] == batch["video_grid_thw"].tolist()
+    assert batch["features"].tolist() == [i for token in told for i in range(len(ids)) if ids[i] == token]
+    assert batch["labelled"].tolist() == [i - 1 for i in range(1, len(ids)) if batch["labels"][0, i] != -100]
 
 
 def test_a_sample_whose_picture_is_cut_is_left_out_with_a_word(data, tied, caplog):

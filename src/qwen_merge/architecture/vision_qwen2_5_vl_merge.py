@@ -155,10 +155,11 @@ class Qwen2_5_VL_MergeVisionTransformer(Qwen2_5_VisionTransformerPretrainedModel
     def forward(self, hidden_states: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
         """Patches (patches, channels * 2 * 14 * 14), their grids (pictures, 3) -> (patches / merge size², LLM width).
 
-        The blocks see the windows sorted by size, those with full attention the frames sorted by size.
+        The blocks see the windows sorted by size, those with full attention the frames sorted by size. With grids on
+        the host nothing waits for the device.
         """
         if self.config._attn_implementation != "sdpa":
-            return super().forward(hidden_states, grid_thw)
+            return super().forward(hidden_states, grid_thw.to(hidden_states.device))
         grids, unit = grid_thw.tolist(), self.spatial_merge_unit
         to_windows, window_lengths = self._ordered(
             grids, self.window_size // self.spatial_merge_size // self.patch_size
@@ -170,18 +171,19 @@ class Qwen2_5_VL_MergeVisionTransformer(Qwen2_5_VisionTransformerPretrainedModel
         frames = self._segments(positions.unflatten(0, (-1, unit))[to_frames].flatten(0, 1), frame_lengths, device)
         # Where a unit (merge size² patches) of one order stands in the other.
         back = to_windows.argsort()
-        windows_to_frames, frames_to_windows = back[to_frames].to(device), to_frames.argsort()[to_windows].to(device)
+        windows_to_frames = copied(back[to_frames], device)
+        frames_to_windows = copied(to_frames.argsort()[to_windows], device)
 
         trained = any(p.requires_grad for part in (self.patch_embed, self.blocks) for p in part.parameters())
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-            hidden_states = permuted(self.patch_embed(hidden_states), to_windows.to(device), unit)
+            hidden_states = permuted(self.patch_embed(hidden_states), copied(to_windows, device), unit)
             for number, block in enumerate(self.blocks):
                 if number in self.fullatt_block_indexes:
                     hidden_states = permuted(hidden_states, windows_to_frames, unit)
                     hidden_states = permuted(self._block(block, hidden_states, frames), frames_to_windows, unit)
                 else:
                     hidden_states = self._block(block, hidden_states, windows)
-        return self.merger(hidden_states)[back.to(device)]
+        return self.merger(hidden_states)[copied(back, device)]
 
     def _block(self, block, hidden_states: torch.Tensor, segments: Segments) -> torch.Tensor:
         if self.gradient_checkpointing and self.training:
@@ -206,10 +208,15 @@ class Qwen2_5_VL_MergeVisionTransformer(Qwen2_5_VisionTransformerPretrainedModel
 
     def _segments(self, positions: torch.Tensor, lengths: tuple[int, ...], device: torch.device) -> Segments:
         frequencies = self.rotary_pos_emb.inv_freq
-        angles = (positions.to(device, frequencies.dtype)[..., None] * frequencies).flatten(1)
+        angles = (copied(positions.to(frequencies.dtype), device)[..., None] * frequencies).flatten(1)
         angles = torch.cat((angles, angles), dim=-1)
         ends = numpy.cumsum((0, *lengths), dtype=numpy.int32)
-        return Segments(lengths, torch.from_numpy(ends).to(device), (angles.cos(), angles.sin()))
+        return Segments(lengths, copied(torch.from_numpy(ends), device), (angles.cos(), angles.sin()))
+
+
+def copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`tensor` of the host on `device`, without waiting for what the device still does."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def permuted(hidden_states: torch.Tensor, order: torch.Tensor, unit: int) -> torch.Tensor:

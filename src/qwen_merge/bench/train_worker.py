@@ -190,7 +190,12 @@ def upstream_tower(tower) -> None:
 
     for block in tower.blocks:
         block.__class__ = upstream.Qwen2_5_VLVisionBlock
-    tower.forward = MethodType(upstream.Qwen2_5_VisionTransformerPretrainedModel.forward, tower)
+
+    def forward(tower, hidden_states, grid_thw):
+        grid_thw = grid_thw.to(hidden_states.device)  # ours takes grids of the host
+        return upstream.Qwen2_5_VisionTransformerPretrainedModel.forward(tower, hidden_states, grid_thw)
+
+    tower.forward = MethodType(forward, tower)
 
 
 def drawn_on(job: dict, load: Callable) -> Callable:

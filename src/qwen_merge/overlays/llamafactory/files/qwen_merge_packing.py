@@ -238,6 +238,7 @@ def get_packed_dataset(template, model_args, data_args, training_args, tokenizer
     whole = copy(data_args)
     whole.cutoff_len += 1  # LLaMA-Factory takes one off for the padding of its own packs
     make = SupervisedDatasetProcessor(template=template, tokenizer=tokenizer, processor=processor, data_args=whole)
+    training_args.accelerator_config.non_blocking = training_args.dataloader_pin_memory
     group = training_args.world_size * training_args.per_device_train_batch_size
     attributes = get_dataset_list(data_args.dataset, data_args.dataset_dir)
     if data_args.streaming:
@@ -324,28 +325,35 @@ def collate_packs(collator: MultiModalDataCollatorForSeq2Seq, packs: list[dict])
     r"""One row of all samples of all packs, each with the positions that it has alone.
 
     Returns input_ids and labels (1, tokens), position_ids (3, 1, tokens), the offsets of the samples (samples + 1),
-    the longest sample, and the pictures in the order of their samples.
+    the longest sample, and the pictures in the order of their samples; and what the model would have to ask the device
+    for (`KNOWN` in its module): lengths, grids, and the places of pictures' tokens and of labels.
     """
     features = [feature for pack in packs for feature in pack["pack"]]
     batch = MultiModalDataCollatorForSeq2Seq.__call__(collator, features)
     attention_mask = batch.pop("attention_mask").bool()
     # Where no sample has a picture, LLaMA-Factory puts one behind the mask, so that all ranks run the vision tower.
-    ids = torch.tensor(picture_ids(collator.template, collator.tokenizer))
-    keep = attention_mask | torch.isin(batch["input_ids"], ids)
+    kinds = picture_ids(collator.template, collator.tokenizer)
+    keep = attention_mask | torch.isin(batch["input_ids"], torch.tensor(kinds))
     labels = batch["labels"].masked_fill(~attention_mask, IGNORE_INDEX)
     labels[torch.arange(len(labels)), keep.int().argmax(1)] = IGNORE_INDEX  # what stands before does not predict it
     lengths = keep.sum(1)
     offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
     longest = int(lengths.max())
     batch.pop("rope_deltas", None)
+    ids, labels = batch["input_ids"][keep], labels[keep]
+    grids = [batch[name].tolist() for name in ("image_grid_thw", "video_grid_thw") if name in batch]
     batch.update(
-        input_ids=batch["input_ids"][keep][None],
-        labels=labels[keep][None],
+        input_ids=ids[None],
+        labels=labels[None],
         position_ids=batch["position_ids"][:, keep][:, None],
         cu_seq_lens_q=offsets,
         cu_seq_lens_k=offsets,
         max_length_q=longest,
         max_length_k=longest,
+        samples=lengths.tolist(),
+        grids=sum(grids, []),
+        features=torch.cat([(ids == kind).nonzero().squeeze(1) for kind in kinds]),
+        labelled=(labels[1:] != IGNORE_INDEX).nonzero().squeeze(1),
     )
     return {
         name: value.to(collator.compute_dtype) if torch.is_tensor(value) and value.is_floating_point() else value
