@@ -20,7 +20,7 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
-from qwen_merge.bench.train_flops import Counts, Sizes, attention_flops, matrix_flops
+from qwen_merge.bench.train_flops import Counts, Sizes, attention_flops, formula, matrix_flops
 from qwen_merge.bench.train_profile import shares
 
 PARTS = ("waiting", "vision", "LLM", "loss", "backward", "optimizer")
@@ -148,6 +148,7 @@ def make_meter(job: dict):
                 "parts": parts,
                 "counts": vars(total),
                 "matrix_flops": matrix_flops(self.sizes, total),
+                "formula": formula(self.sizes, total),
                 "attention_flops": attention_flops(self.sizes, total),
                 "peak_bytes": peak,
                 "profile": self.profile(),
