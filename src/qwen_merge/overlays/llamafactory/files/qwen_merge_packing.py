@@ -32,7 +32,7 @@ from .converter import get_dataset_converter
 from .data_utils import merge_dataset
 from .parser import get_dataset_list
 from .processor import SupervisedDatasetProcessor
-from .qwen_merge_plan import Plan, PlanSampler, make_plan
+from .qwen_merge_plan import Plan, PlanSampler, make_plan, patch_cost
 
 
 if TYPE_CHECKING:
@@ -171,6 +171,7 @@ class StreamedPacks(IterableDataset):
     group: int
     seed: int
     buffer: int
+    patch_cost: float
     is_packed: ClassVar[bool] = True
 
     def __iter__(self) -> Iterator[dict[str, list[dict[str, Any]]]]:
@@ -199,7 +200,7 @@ class StreamedPacks(IterableDataset):
     def _packs(self, features: list[dict[str, Any]]) -> list[dict[str, list[dict[str, Any]]]]:
         lengths = np.array([len(feature["input_ids"]) for feature in features])
         patches = np.array([self.samples.patches(feature) for feature in features])
-        plan = make_plan(lengths, patches, self.capacity, self.group, self.seed)
+        plan = make_plan(lengths, patches, self.capacity, self.group, self.seed, self.patch_cost)
         return [{"pack": [features[i] for i in plan.pack(number)]} for number in range(len(plan))]
 
     def _full_packs(self, features: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -240,6 +241,7 @@ def get_packed_dataset(template, model_args, data_args, training_args, tokenizer
     make = SupervisedDatasetProcessor(template=template, tokenizer=tokenizer, processor=processor, data_args=whole)
     training_args.accelerator_config.non_blocking = training_args.dataloader_pin_memory
     group = training_args.world_size * training_args.per_device_train_batch_size
+    cost = _patch_cost(model_args, data_args)
     attributes = get_dataset_list(data_args.dataset, data_args.dataset_dir)
     if data_args.streaming:
         training_args.accelerator_config.dispatch_batches = False  # each rank reads the stream; packs do not travel
@@ -252,7 +254,8 @@ def get_packed_dataset(template, model_args, data_args, training_args, tokenizer
                 "are read more often than others. Set dataloader_num_workers to a divisor."
             )
         samples = Samples(_identity, make)
-        packs = StreamedPacks(rows, samples, whole.cutoff_len, group, training_args.seed, data_args.buffer_size)
+        settings = (whole.cutoff_len, group, training_args.seed, data_args.buffer_size, cost)
+        packs = StreamedPacks(rows, samples, *settings)
         return {**module, "train_dataset": packs}
 
     data_args = copy(data_args)
@@ -286,7 +289,7 @@ def get_packed_dataset(template, model_args, data_args, training_args, tokenizer
         )
     if not kept.any():
         _stop("No sample is left to train on. `qwen-merge data check RECIPE` says why.")
-    plan = make_plan(tokens[kept], patches[kept], whole.cutoff_len, group, training_args.seed)
+    plan = make_plan(tokens[kept], patches[kept], whole.cutoff_len, group, training_args.seed, cost)
     logger.info_rank0(
         f"Packing: {len(plan.members):,} samples in {len(plan):,} packs of {plan.capacity:,} tokens, "
         f"{plan.fill:.1%} full."
@@ -294,6 +297,22 @@ def get_packed_dataset(template, model_args, data_args, training_args, tokenizer
     _check_plan(plan, source[kept], row[kept], training_args)
     packs = PackedDataset(sources, source[kept], row[kept], plan, training_args.seed)
     return {**module, "train_dataset": packs}
+
+
+def _patch_cost(model_args, data_args) -> float:
+    from ..hparams import FinetuningArguments
+    from ..model.loader import load_config
+
+    config = load_config(model_args)
+    if config.model_type != "qwen2_5_vl_merge":
+        _stop(f"packing with template {data_args.template} is for qwen2_5_vl_merge, and this is {config.model_type}.")
+    recipe = getattr(data_args, "finetuning_args", None) or FinetuningArguments()  # set by train/sft/workflow.py
+    return patch_cost(
+        config,
+        not recipe.freeze_vision_tower,
+        not recipe.freeze_multi_modal_projector,
+        not recipe.freeze_language_model and recipe.finetuning_type == "full",
+    )
 
 
 def _identity(row: dict) -> dict:
@@ -305,7 +324,8 @@ def _check_plan(plan: Plan, source: np.ndarray, row: np.ndarray, training_args) 
     digest = hashlib.sha256()
     for array in (plan.members, plan.offsets, source, row):
         digest.update(np.ascontiguousarray(array, dtype=np.int64).tobytes())
-    now = {"packs": len(plan), "samples": len(plan.members), "group": plan.group, "sha256": digest.hexdigest()}
+    now = {"packs": len(plan), "samples": len(plan.members), "group": plan.group, "patch_cost": plan.patch_cost}
+    now["sha256"] = digest.hexdigest()
     path = os.path.join(training_args.output_dir, "packing.json")
     if training_args.resume_from_checkpoint and os.path.isfile(path):
         with open(path, encoding="utf-8") as file:
@@ -313,7 +333,7 @@ def _check_plan(plan: Plan, source: np.ndarray, row: np.ndarray, training_args) 
         if before != now:
             _stop(
                 f"The run that is resumed packed its samples otherwise ({before}, now {now}): data, cutoff_len, seed, "
-                "batch size or the number of ranks changed. Set them as they were, or begin anew in another output_dir."
+                "batch size, the number of ranks or what trains changed. Set them as they were, or begin anew in another output_dir."
             )
     if training_args.should_save:
         os.makedirs(training_args.output_dir, exist_ok=True)
