@@ -295,7 +295,10 @@ class Qwen2_5_VL_MergeForConditionalGeneration(Qwen2_5_VL_MergePreTrainedModel, 
             self.model.visual.compile_blocks(**options)
         for layer in self.model.language_model.layers:
             layer.compile(**options)
-        self.lm_head.summed_loss = torch.compile(_summed_loss, **options)
+        summed_loss = torch.compile(_summed_loss, **options)
+        for head in self.lm_head.modules():  # PEFT may have wrapped it
+            if isinstance(head, Qwen2_5_VL_MergeHead):
+                head.summed_loss = summed_loss
 
     @wraps(Qwen2_5_VLForConditionalGeneration.forward)
     def forward(self, *args, labels=None, **kwargs):

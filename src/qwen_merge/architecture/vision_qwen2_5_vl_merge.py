@@ -38,11 +38,11 @@ def _varlen_attn():
     except ImportError:
         return None
 
-    def varlen_attn(q, k, v, offsets_q, offsets_k, longest_q, longest_k, window_size=(-1, -1)):
+    def by_flash_attn(q, k, v, offsets_q, offsets_k, longest_q, longest_k, window_size=(-1, -1)):
         lengths = (offsets_q, offsets_k, longest_q, longest_k)
         return flash_attn_varlen_func(q, k, v, *lengths, window_size=window_size)
 
-    return varlen_attn
+    return by_flash_attn
 
 
 varlen_attn = _varlen_attn()

@@ -324,8 +324,8 @@ def _check_plan(plan: Plan, source: np.ndarray, row: np.ndarray, training_args) 
     digest = hashlib.sha256()
     for array in (plan.members, plan.offsets, source, row):
         digest.update(np.ascontiguousarray(array, dtype=np.int64).tobytes())
-    now = {"packs": len(plan), "samples": len(plan.members), "group": plan.group, "patch_cost": plan.patch_cost}
-    now["sha256"] = digest.hexdigest()
+    now: dict[str, Any] = {"packs": len(plan), "samples": len(plan.members), "group": plan.group}
+    now |= {"patch_cost": plan.patch_cost, "sha256": digest.hexdigest()}
     path = os.path.join(training_args.output_dir, "packing.json")
     if training_args.resume_from_checkpoint and os.path.isfile(path):
         with open(path, encoding="utf-8") as file:
