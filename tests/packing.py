@@ -43,6 +43,18 @@ def packed(samples: list[dict]) -> dict:
     return {**batch, **{f"cu_seq_lens_{x}": ends for x in "qk"}, **{f"max_length_{x}": max(lengths) for x in "qk"}}
 
 
+def known(model, row: dict) -> dict:
+    """What this kit's collator says of a row beside the batch itself."""
+    ids, labels = row["input_ids"][0], row["labels"][0]
+    tokens = (model.config.image_token_id, model.config.video_token_id)
+    return {
+        "samples": row["cu_seq_lens_q"].diff().tolist(),
+        "grids": [*row["image_grid_thw"].tolist(), *row["video_grid_thw"].tolist()],
+        "features": torch.cat([(ids == token).nonzero().squeeze(1) for token in tokens]),
+        "labelled": (labels[1:] != -100).nonzero().squeeze(1),
+    }
+
+
 def gradients(model, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     model.zero_grad()
     loss.backward()

@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen3ForCausalLM
 
 from checkpoints import TOKEN_IDS, make_llm, make_vlm
-from packing import SAMPLES, alone, apart, packed, trajectory
+from packing import SAMPLES, alone, apart, known, packed, trajectory
 from packing import gradients as gradients_of
 from qwen_merge.architecture import register
 from qwen_merge.merger.merge import MergeOptions, merge
@@ -115,6 +115,25 @@ def test_a_row_of_samples_trains_as_they_do_alone(sources, dtype, monkeypatch):
     print(f"{dtype}: gradients off by {single:.2e} one by one, {together:.2e} packed, {mixed:.2e} without offsets")
     assert together < 1.2 * single + 1e-6
     assert mixed > 3 * single + 0.01  # the control
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_in_a_step_waits_for_the_device(sources, dtype):
+    """With what the collator says of a row. Liger's fused loss is left out: it counts the labels on the device."""
+    model = load(sources, torch_dtype=dtype).cuda().train()
+    model.loss_without_logits = True
+    row = packed([alone(model, seed, *sample) for seed, sample in enumerate(SAMPLES)])
+    told = known(model, row)
+    row, told = ({n: x.cuda() if torch.is_tensor(x) else x for n, x in part.items()} for part in (row, told))
+    model(**row, **told, use_cache=False).loss.backward()  # kernels are loaded
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(**row, **told, use_cache=False).loss.backward()
+        with pytest.raises(RuntimeError, match="synchronizing CUDA operation"):  # the control
+            model(**row, use_cache=False)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def gradients(sources):

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import re
+from io import BytesIO
 
 import pytest
 import torch
@@ -9,8 +11,8 @@ import torch
 from qwen_merge import cli
 from qwen_merge.architecture.modeling_qwen2_5_vl_merge import Qwen2_5_VL_MergeForConditionalGeneration
 from qwen_merge.bench.command import TRAIN_CHANGES, TRAIN_RECIPES
-from qwen_merge.bench.train import AS_PLAIN, arguments_of
-from qwen_merge.bench.train_flops import Counts, Sizes, attention_flops, matrix_flops
+from qwen_merge.bench.train import AS_PLAIN, SHAPES, arguments_of, make_data
+from qwen_merge.bench.train_flops import Counts, Sizes, attention_flops, formula, matrix_flops
 from qwen_merge.bench.train_profile import shares
 from qwen_merge.bench.train_report import summary
 from qwen_merge.bench.train_worker import count, upstream_tower
@@ -33,6 +35,13 @@ def test_frozen_parts_are_counted_by_what_has_to_be_done(model):
     common = 2 * stage1.vision * 400 + 6 * stage1.projector * 100
     assert matrix_flops(stage1, counts) == common + 4 * stage1.llm * 1000 + 4 * stage1.head * 100
     assert matrix_flops(stage2, counts) == common + 6 * stage2.llm * 1000 + 6 * stage2.head * 100
+    text = formula(stage2, counts)
+    numbers = [float(number.replace(",", "")) for number in re.findall(r"(\d)N x ([\d,]+)", text) for number in number]
+    sizes = [1e6 * float(number.replace(",", "")) for number in re.findall(r"N = ([\d.,]+) million", text)]
+    found = sum(times * number * size for times, number, size in zip(numbers[::2], numbers[1::2], sizes, strict=True))
+    assert found == pytest.approx(matrix_flops(stage2, counts), rel=1e-3)
+    assert "6N x 1,000 tokens (llm, N = " in text
+    assert "4N x 1,000 tokens (llm, N = " in formula(stage1, counts)
     nothing = freeze(model, "language_model")
     assert matrix_flops(nothing, counts) == matrix_flops(stage2, counts) - 4 * stage1.projector * 100
 
@@ -70,6 +79,25 @@ def test_batches_are_counted_without_their_padding(model):
     row = {"labels": torch.tensor([[-100, 5, 6, 7, -100, -100, 5]]), "cu_seq_lens_q": torch.tensor([0, 4, 7])}
     packed = count(row, model.model.visual)
     assert (packed.samples, packed.tokens, packed.places, packed.squares) == (2, 7, 7, 25)
+
+
+@pytest.mark.parametrize("stage", ["1", "2", "3"])
+def test_pictures_lie_stand_and_are_square_as_the_stage_says(tmp_path, stage):
+    from datasets import load_dataset
+    from PIL import Image
+
+    found = []
+    for folder in (tmp_path / "one", tmp_path / "again"):
+        make_data(folder, stage, 60, shrink=4)
+        rows = load_dataset(str(folder / "bench"), split="train", cache_dir=str(tmp_path / "cache"))
+        pictures = [image["bytes"] if isinstance(image, dict) else image for row in rows for image in row["images"]]
+        found.append(
+            [image.size if isinstance(image, Image.Image) else Image.open(BytesIO(image)).size for image in pictures]
+        )
+    assert found[0] == found[1]
+    assert set(found[0]) <= {(width // 4, height // 4) for width, height in SHAPES[stage][0]}
+    assert {(width > height) - (width < height) for width, height in found[0]} == {-1, 0, 1}
+    assert len(set(found[0])) >= 4
 
 
 def test_a_change_is_taken_out_of_the_fast_recipe_and_nothing_else(tmp_path):
@@ -175,7 +203,10 @@ def test_a_tiny_run_of_both_recipes_and_one_of_two_processes(tmp_path, capsys):
     options = ["--size", "tiny", "--stage", "1", "--device", "cpu", "--steps", "1", "--warm-up", "1", "--samples", "48"]
     files = {cards: tmp_path / f"{cards}.json" for cards in ("1", "2")}
     assert cli.main(["bench", "train", *options, "--json", str(files["1"]), "--png", str(tmp_path / "parts.png")]) == 0
-    assert "fast / stock, real tokens a second" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "fast / stock, real tokens a second" in said
+    runs = json.loads(files["1"].read_text())["runs"]
+    assert all(f"FLOP of weights = {run['ranks'][0]['formula']}\n" in said for run in runs)
     assert (tmp_path / "parts.png").stat().st_size > 5000
     assert cli.main(["bench", "train", *options, "--recipe", "fast", "--cards", "2", "--json", str(files["2"])]) == 0
     assert "fast, 2 cards" in capsys.readouterr().out

@@ -117,7 +117,7 @@ def test_the_control_of_picture_tokens_would_see_a_difference(data, model):
 
 
 def test_packing_is_counted_as_llama_factory_packs(data, model):
-    config = settings(data, model, "first,second", packing=True, cutoff_len=1400)
+    config = settings(data, model, "first,second", packing=True, cutoff_len=1400, template="qwen2_vl")
     result = check(config)
     assert result.steps is not None
     packed = len(trained_on(config))
@@ -125,10 +125,11 @@ def test_packing_is_counted_as_llama_factory_packs(data, model):
     assert packed < 41 + 17
 
 
-def test_planned_packing_is_counted_as_the_overlay_plans(data, model):
+@pytest.mark.parametrize("name", ["packing", "neat_packing"])
+def test_planned_packing_is_counted_as_the_overlay_plans(data, model, name):
     from llamafactory.data import get_dataset
 
-    config = settings(data, model, "first,second", neat_packing=True, cutoff_len=1400)
+    config = settings(data, model, "first,second", **{name: True}, cutoff_len=1400)
     arguments, _ = check_recipe.parse(config)
     tokenizer, processor, template = check_recipe.load(arguments)
     parts = (arguments.model, arguments.data, arguments.training)

@@ -1,5 +1,7 @@
 """How many of the LLM's layers keep their activations: the choice, and that it changes nothing but memory."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -59,3 +61,20 @@ def test_nothing_is_chosen_without_packs_or_without_a_gpu(model):
     assert checkpoint_layers(model, is_packed=False) is None
     assert checkpoint_layers(model, is_packed=True) is None or torch.cuda.is_available()
     assert [layer._gradient_checkpointing_func for layer in model.model.language_model.layers] == before
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("packed_samples", [True, False])
+def test_attention_that_takes_no_offsets_is_refused_before_the_first_step(tied, caplog, attention, packed_samples):
+    from llamafactory.model.model_utils.qwen_merge import prepare_training
+
+    model = Qwen2_5_VL_MergeForConditionalGeneration.from_pretrained(tied.merged, attn_implementation=attention)
+    arguments = (model, SimpleNamespace(torch_compile=False), [], SimpleNamespace(is_packed=packed_samples))
+    if attention == "eager" and packed_samples:
+        with caplog.at_level("ERROR"), pytest.raises(SystemExit) as stop:
+            prepare_training(*arguments)
+        assert stop.value.code == 2
+        assert "Packed samples would see each other in eager attention" in caplog.text
+    else:  # the controls
+        prepare_training(*arguments)
+        assert model.loss_without_logits

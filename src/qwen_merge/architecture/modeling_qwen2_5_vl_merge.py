@@ -13,7 +13,7 @@ On the disk the tensors are named `visual.*`, `model.*` and `lm_head.weight`; in
 import copy
 import re
 from contextvars import ContextVar
-from functools import wraps
+from functools import cached_property, wraps
 
 import torch
 from torch import nn
@@ -38,7 +38,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
 
 # Relative imports: the files stay neighbours wherever they are copied to.
 from .configuration_qwen2_5_vl_merge import Qwen2_5_VL_MergeConfig, Qwen2_5_VL_MergeTextConfig
-from .vision_qwen2_5_vl_merge import Qwen2_5_VL_MergeVisionTransformer, varlen_attn
+from .vision_qwen2_5_vl_merge import Qwen2_5_VL_MergeVisionTransformer, takes_varlen, varlen_attn
 
 # Positions (3, batch, tokens) on their way from the text model to its rotary embedding. Qwen3's decoder would pass 3-D
 # `position_ids` on to every layer, where flash attention looks in them for packed samples. A ContextVar, so that
@@ -50,30 +50,52 @@ _MROPE_POSITIONS: ContextVar[torch.Tensor | None] = ContextVar("mrope_positions"
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 _PACKING: ContextVar[dict] = ContextVar("packing", default={})  # noqa: B039, never written to
 
+# What a collator can say beside a batch, on the host or as places, so that no forward waits for the device to tell it:
+# samples: the lengths of a row's samples. grids: (time, height, width) of all pictures, then of all videos, a list.
+# features: where their tokens stand in the flattened batch, in the same order. labelled: which of the flattened
+# labels[:, 1:] are labels. Without them they are found in the batch.
+KNOWN = ("samples", "grids", "features", "labelled")
+_KNOWN: ContextVar[dict] = ContextVar("known", default={})  # noqa: B039, never written to
 
-def packed_sdpa_attention(module, query, key, value, attention_mask, cu_seq_lens_q=None, max_length_q=None, **kwargs):
+
+class Samples:
+    """How many tokens each sample of a row has, on the host: no layer but the first that asks waits for the device.
+
+    An object, not a list: the numbers in a list would be part of a compiled layer.
+    """
+
+    def __init__(self, offsets: torch.Tensor, lengths: list[int] | None = None):
+        self.offsets, self.known = offsets, lengths
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        return self.known or self.offsets.diff().tolist()
+
+
+def packed_sdpa_attention(
+    module, query, key, value, attention_mask, cu_seq_lens_q=None, max_length_q=None, samples=None, **kwargs
+):
     """transformers' sdpa attention, which also takes a row of several samples: each attends to itself alone.
 
     query (1, heads, tokens, head_dim), key and value with their own number of heads -> (1, tokens, heads, head_dim).
-    No mask over the row is made: PyTorch's varlen kernel takes all samples at once where it exists (2.10, CUDA,
-    16 bit), elsewhere each is a call of its own, which on GPUs is the flash kernel.
+    No mask over the row is made: a varlen kernel (PyTorch 2.10 or flash-attn; CUDA, 16 bit) takes all samples at once,
+    elsewhere each is a call of its own, which on GPUs is the flash kernel.
     """
     if kwargs.pop("output_attentions", False) and cu_seq_lens_q is None:
         return eager_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    if varlen_attn is not None and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+    if takes_varlen(query):
         q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
         output = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, window_size=(-1, 0))
         return output[None], None
-    return _attend_one_by_one(module, query, key, value, cu_seq_lens_q, **kwargs), None
+    return _attend_one_by_one(module, query, key, value, samples, **kwargs), None
 
 
 @torch.compiler.disable  # the number of samples would be part of a compiled layer
-def _attend_one_by_one(module, query, key, value, offsets, **kwargs) -> torch.Tensor:
-    lengths = offsets.diff().tolist()
-    samples = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
-    outputs = [sdpa_attention_forward(module, *sample, None, is_causal=True, **kwargs)[0] for sample in samples]
+def _attend_one_by_one(module, query, key, value, samples: Samples, **kwargs) -> torch.Tensor:
+    parts = zip(*(states.split(samples.lengths, dim=2) for states in (query, key, value)), strict=True)
+    outputs = [sdpa_attention_forward(module, *part, None, is_causal=True, **kwargs)[0] for part in parts]
     return torch.cat(outputs, dim=1)
 
 
@@ -124,6 +146,8 @@ class Qwen2_5_VL_MergeTextModel(Qwen3Model):
                 "see all samples of a row"
             )
         kwargs.update(packing)
+        if packing and self.config._attn_implementation == "sdpa":
+            kwargs["samples"] = Samples(packing["cu_seq_lens_q"], _KNOWN.get().get("samples"))
         if position_ids is None or position_ids.ndim == 2:
             return super().forward(*args, position_ids=position_ids, **kwargs)
         token = _MROPE_POSITIONS.set(position_ids)
@@ -157,12 +181,31 @@ class Qwen2_5_VL_MergeModel(Qwen2_5_VL_MergePreTrainedModel, Qwen2_5_VLModel):
         self.rope_deltas = None
         self.post_init()
 
-    def forward(self, input_ids=None, *, past_key_values=None, inputs_embeds=None, cache_position=None, **kwargs):
-        """Qwen2.5-VL's, which takes every position for 0 when a cache comes without its `cache_position`."""
+    def forward(
+        self,
+        input_ids=None,
+        *,
+        past_key_values=None,
+        inputs_embeds=None,
+        cache_position=None,
+        pixel_values=None,
+        pixel_values_videos=None,
+        **kwargs,
+    ):
+        """Qwen2.5-VL's, with two things otherwise.
+
+        Pictures and videos go through the vision tower in one call: ranks of which some have both would gather its
+        weights more often than others under ZeRO-3, and hang. And a cache that comes without its `cache_position`
+        does not make every position 0.
+        """
         if cache_position is None and past_key_values is not None:
             tokens = input_ids if inputs_embeds is None else inputs_embeds
             start = past_key_values.get_seq_length()
             cache_position = torch.arange(start, start + tokens.shape[1], device=tokens.device)
+        if inputs_embeds is None:
+            images = (pixel_values, kwargs.get("image_grid_thw"), self.config.image_token_id)
+            videos = (pixel_values_videos, kwargs.get("video_grid_thw"), self.config.video_token_id)
+            inputs_embeds = self._embed(input_ids, [kind for kind in (images, videos) if kind[0] is not None])
         return super().forward(
             input_ids=input_ids,
             past_key_values=past_key_values,
@@ -170,6 +213,26 @@ class Qwen2_5_VL_MergeModel(Qwen2_5_VL_MergePreTrainedModel, Qwen2_5_VLModel):
             cache_position=cache_position,
             **kwargs,
         )
+
+    def _embed(self, input_ids: torch.Tensor, kinds: list[tuple]) -> torch.Tensor:
+        """(batch, tokens, width) of `input_ids`; of each kind's patches, grids and token the features in its places."""
+        embeddings = self.get_input_embeddings()(input_ids)
+        if not kinds:
+            return embeddings
+        patches, grids = (torch.cat(parts) for parts in list(zip(*kinds, strict=True))[:2])
+        known = _KNOWN.get()
+        if "grids" in known:
+            grids = torch.tensor(known["grids"])
+        features = self.visual(patches.type(self.visual.dtype), grid_thw=grids)
+        places = known.get("features")
+        if places is None:
+            found = [(input_ids.flatten() == token).nonzero().squeeze(1) for *_, token in kinds]
+            tokens, wanted = ([*map(len, found)], [len(kind[0]) // self.visual.spatial_merge_unit for kind in kinds])
+            if tokens != wanted:
+                raise ValueError(f"Image features and image tokens do not match: tokens: {tokens}, features {wanted}")
+            places = torch.cat(found)
+        features = features.to(embeddings.device, embeddings.dtype)
+        return embeddings.flatten(0, 1).index_copy(0, places, features).view_as(embeddings)
 
     def _fix_state_dict_keys_on_save(self, state_dict: dict) -> dict:
         """The names of the disk for a model without a head, too."""
@@ -232,26 +295,41 @@ class Qwen2_5_VL_MergeForConditionalGeneration(Qwen2_5_VL_MergePreTrainedModel, 
             self.model.visual.compile_blocks(**options)
         for layer in self.model.language_model.layers:
             layer.compile(**options)
-        # Inductor pads sides that are no multiples of 8, but not alike in a forward and when a checkpoint repeats it.
-        if self.lm_head.out_features % 8 == 0:
-            self.lm_head.summed_loss = torch.compile(_summed_loss, **options)
+        summed_loss = torch.compile(_summed_loss, **options)
+        for head in self.lm_head.modules():  # PEFT may have wrapped it
+            # Inductor pads sides that are no multiples of 8, and not alike in a forward and when a checkpoint repeats it.
+            if isinstance(head, Qwen2_5_VL_MergeHead) and head.out_features % 8 == 0:
+                head.summed_loss = summed_loss
 
     @wraps(Qwen2_5_VLForConditionalGeneration.forward)
     def forward(self, *args, labels=None, **kwargs):
-        """Qwen2.5-VL's, with two more cases: several samples in a row (`PACKING`), and `loss_without_logits`."""
-        packing = {name: kwargs.pop(name) for name in PACKING if name in kwargs}
-        token = _PACKING.set(packing)
+        """Qwen2.5-VL's, with two more cases: several samples in a row (`PACKING`), and `loss_without_logits`.
+
+        It takes what is `KNOWN` of the batch, too.
+        """
+        packing, known = ({name: kwargs.pop(name) for name in names if name in kwargs} for names in (PACKING, KNOWN))
+        tokens = _PACKING.set(packing), _KNOWN.set(known)
         try:
-            if not (self.training and self.loss_without_logits and labels is not None):
+            short = self.training and self.loss_without_logits and labels is not None and self._head_takes_targets()
+            if not short:
                 return super().forward(*args, labels=labels, **kwargs)
             outputs = self.model(*args, **{**kwargs, "return_dict": True})
         finally:
-            _PACKING.reset(token)
+            _PACKING.reset(tokens[0])
+            _KNOWN.reset(tokens[1])
         targets = labels[:, 1:].flatten()
-        labelled = (targets != -100).nonzero().squeeze(1)
+        labelled = known.get("labelled")
+        if labelled is None:
+            labelled = (targets != -100).nonzero().squeeze(1)
         hidden_states = outputs.last_hidden_state[:, :-1].flatten(0, 1)[labelled]
         loss = self.lm_head(hidden_states, targets[labelled])
         return Qwen2_5_VLCausalLMOutputWithPast(loss=loss, rope_deltas=outputs.rope_deltas)
+
+    def _head_takes_targets(self) -> bool:
+        """Not when a resized vocabulary made it a plain Linear, or LoRA adds its own to what it gives."""
+        # PEFT trains a copy of what `modules_to_save` names and hands everything on to it.
+        whole = hasattr(self.lm_head, "modules_to_save")
+        return isinstance(self.lm_head.original_module if whole else self.lm_head, Qwen2_5_VL_MergeHead)
 
     def _fix_state_dict_keys_on_save(self, state_dict: dict) -> dict:
         """transformers' hook for the names of a save; its own reverse mapping does nothing in 4.52.3."""

@@ -24,10 +24,33 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 
 from .configuration_qwen2_5_vl_merge import Qwen2_5_VL_MergeVisionConfig
 
-try:
-    from torch.nn.attention.varlen import varlen_attn  # from PyTorch 2.10 on
-except ImportError:
-    varlen_attn = None
+
+def _varlen_attn():
+    """PyTorch's kernel for segments of different lengths (from 2.10 on), flash-attn's behind its name, or None."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        pass
+    else:
+        return varlen_attn
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+
+    def by_flash_attn(q, k, v, offsets_q, offsets_k, longest_q, longest_k, window_size=(-1, -1)):
+        lengths = (offsets_q, offsets_k, longest_q, longest_k)
+        return flash_attn_varlen_func(q, k, v, *lengths, window_size=window_size)
+
+    return by_flash_attn
+
+
+varlen_attn = _varlen_attn()
+
+
+def takes_varlen(states: torch.Tensor) -> bool:
+    """Whether `varlen_attn` is there and takes such states: on CUDA, 16 bit."""
+    return varlen_attn is not None and states.is_cuda and states.dtype in (torch.bfloat16, torch.float16)
 
 
 class Qwen2_5_VL_MergePatchMerger(Qwen2_5_VLPatchMerger):
@@ -86,10 +109,10 @@ def after_attention(block: nn.Module, hidden_states: torch.Tensor, attended: tor
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments) -> torch.Tensor:
     """q, k, v (patches, heads, head width) -> the same shape, each patch from its segment.
 
-    PyTorch's varlen kernel takes all segments at once where it exists (2.10, CUDA, 16 bit); elsewhere neighbours of
-    equal length go through scaled_dot_product_attention as one batch, which on GPUs is its flash kernel.
+    A varlen kernel (PyTorch 2.10 or flash-attn; CUDA, 16 bit) takes all segments at once; elsewhere neighbours of equal
+    length go through scaled_dot_product_attention as one batch, which on GPUs is its flash kernel.
     """
-    if varlen_attn is not None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+    if takes_varlen(q):
         longest = max(segments.lengths)
         return varlen_attn(q, k, v, segments.offsets, segments.offsets, longest, longest)
     return attend_in_batches(q, k, v, segments.lengths)
@@ -132,10 +155,11 @@ class Qwen2_5_VL_MergeVisionTransformer(Qwen2_5_VisionTransformerPretrainedModel
     def forward(self, hidden_states: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
         """Patches (patches, channels * 2 * 14 * 14), their grids (pictures, 3) -> (patches / merge size², LLM width).
 
-        The blocks see the windows sorted by size, those with full attention the frames sorted by size.
+        The blocks see the windows sorted by size, those with full attention the frames sorted by size. With grids on
+        the host nothing waits for the device.
         """
         if self.config._attn_implementation != "sdpa":
-            return super().forward(hidden_states, grid_thw)
+            return super().forward(hidden_states, grid_thw.to(hidden_states.device))
         grids, unit = grid_thw.tolist(), self.spatial_merge_unit
         to_windows, window_lengths = self._ordered(
             grids, self.window_size // self.spatial_merge_size // self.patch_size
@@ -147,18 +171,19 @@ class Qwen2_5_VL_MergeVisionTransformer(Qwen2_5_VisionTransformerPretrainedModel
         frames = self._segments(positions.unflatten(0, (-1, unit))[to_frames].flatten(0, 1), frame_lengths, device)
         # Where a unit (merge size² patches) of one order stands in the other.
         back = to_windows.argsort()
-        windows_to_frames, frames_to_windows = back[to_frames].to(device), to_frames.argsort()[to_windows].to(device)
+        windows_to_frames = copied(back[to_frames], device)
+        frames_to_windows = copied(to_frames.argsort()[to_windows], device)
 
         trained = any(p.requires_grad for part in (self.patch_embed, self.blocks) for p in part.parameters())
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-            hidden_states = permuted(self.patch_embed(hidden_states), to_windows.to(device), unit)
+            hidden_states = permuted(self.patch_embed(hidden_states), copied(to_windows, device), unit)
             for number, block in enumerate(self.blocks):
                 if number in self.fullatt_block_indexes:
                     hidden_states = permuted(hidden_states, windows_to_frames, unit)
                     hidden_states = permuted(self._block(block, hidden_states, frames), frames_to_windows, unit)
                 else:
                     hidden_states = self._block(block, hidden_states, windows)
-        return self.merger(hidden_states)[back.to(device)]
+        return self.merger(hidden_states)[copied(back, device)]
 
     def _block(self, block, hidden_states: torch.Tensor, segments: Segments) -> torch.Tensor:
         if self.gradient_checkpointing and self.training:
@@ -183,10 +208,15 @@ class Qwen2_5_VL_MergeVisionTransformer(Qwen2_5_VisionTransformerPretrainedModel
 
     def _segments(self, positions: torch.Tensor, lengths: tuple[int, ...], device: torch.device) -> Segments:
         frequencies = self.rotary_pos_emb.inv_freq
-        angles = (positions.to(device, frequencies.dtype)[..., None] * frequencies).flatten(1)
+        angles = (copied(positions.to(frequencies.dtype), device)[..., None] * frequencies).flatten(1)
         angles = torch.cat((angles, angles), dim=-1)
         ends = numpy.cumsum((0, *lengths), dtype=numpy.int32)
-        return Segments(lengths, torch.from_numpy(ends).to(device), (angles.cos(), angles.sin()))
+        return Segments(lengths, copied(torch.from_numpy(ends), device), (angles.cos(), angles.sin()))
+
+
+def copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`tensor` of the host on `device`, without waiting for what the device still does."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def permuted(hidden_states: torch.Tensor, order: torch.Tensor, unit: int) -> torch.Tensor:

@@ -42,12 +42,18 @@ AS_PLAIN = {
 }
 WORDS = tuple(CAPTION.split())
 
-# Sides of the pictures, the share of samples with one, and the median and spread (of the logarithm) of words a text.
+# Width and height of pictures, and how often each comes: photographs (captions); with documents, charts and diagrams
+# (general sets); made by a text-to-image model (reasoning).
+PHOTOS = {(640, 480): 6, (480, 640): 3, (500, 333): 3, (512, 512): 2, (1024, 683): 2, (336, 448): 1, (300, 225): 1}
+GENERAL = {**PHOTOS, (800, 1100): 3, (850, 600): 2, (1280, 720): 1, (420, 140): 1, (224, 224): 1}
+DRAWN = {(1024, 1024): 5, (512, 512): 3, (768, 512): 2, (512, 768): 2, (640, 480): 2}
+# The pictures, the share of samples with one, and the median and spread (of the logarithm) of words a text.
 SHAPES = {
-    "1": ((640, 480), 1.0, 200, 0.35),
-    "2": ((640, 480), 0.9, 180, 0.6),
-    "3": ((560, 560), 0.7, 600, 0.7),
+    "1": (PHOTOS, 1.0, 200, 0.35),
+    "2": (GENERAL, 0.9, 180, 0.6),
+    "3": (DRAWN, 0.7, 600, 0.7),
 }
+PICTURES = 48  # different ones, which the samples take in turns
 SET = "bench"
 TINY_LLM = {
     "hidden_size": 64,
@@ -101,9 +107,10 @@ def make_data(folder: Path, stage: str, samples: int, shrink: int = 1) -> Path:
     from qwen_merge.data.schema import Record
     from qwen_merge.data.shards import ShardWriter
 
-    (width, height), share, words, spread = SHAPES[stage]
+    sizes, share, words, spread = SHAPES[stage]
     dice = random.Random(0)
-    pictures = [photograph(seed, (width // shrink, height // shrink)) for seed in range(24)]
+    drawn = dice.choices(list(sizes), list(sizes.values()), k=PICTURES)
+    pictures = [photograph(seed, (width // shrink, height // shrink)) for seed, (width, height) in enumerate(drawn)]
     with ShardWriter(folder / SET, "part-00000") as writer:
         for number in range(samples):
             image = [pictures[number % len(pictures)]] if dice.random() < share else []

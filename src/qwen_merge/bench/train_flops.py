@@ -82,18 +82,40 @@ def numel(parameter) -> int:
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
+def factors(sizes: Sizes) -> dict[str, int]:
+    """Operations a parameter and token of each part: 2, 4 or 6."""
+    before = sizes.vision_trains or sizes.projector_trains  # something in front of the LLM waits for a gradient
+    return {
+        "vision": 6 if sizes.vision_trains else 2,
+        "projector": 6 if sizes.projector_trains else 4 if sizes.vision_trains else 2,
+        "llm": 6 if sizes.llm_trains else 4 if before else 2,
+        "head": 6 if sizes.llm_trains else 4,
+    }
+
+
 def matrix_flops(sizes: Sizes, counts: Counts) -> float:
     """Of all weights."""
-    vision = 6 if sizes.vision_trains else 2
-    before = sizes.vision_trains or sizes.projector_trains  # something in front of the LLM waits for a gradient
-    llm = 6 if sizes.llm_trains else 4 if before else 2
-    head = 6 if sizes.llm_trains else 4
-    projector = 6 if sizes.projector_trains else 4 if sizes.vision_trains else 2
+    times = factors(sizes)
     return float(
-        vision * sizes.vision * counts.patches
-        + projector * sizes.projector * counts.patches / sizes.merge
-        + llm * sizes.llm * counts.tokens
-        + head * sizes.head * counts.labelled
+        times["vision"] * sizes.vision * counts.patches
+        + times["projector"] * sizes.projector * counts.patches / sizes.merge
+        + times["llm"] * sizes.llm * counts.tokens
+        + times["head"] * sizes.head * counts.labelled
+    )
+
+
+def formula(sizes: Sizes, counts: Counts) -> str:
+    """What `matrix_flops` adds up, with its numbers."""
+    times = factors(sizes)
+    parts = (
+        ("vision", sizes.vision, "patches", counts.patches),
+        ("projector", sizes.projector, f"patches / {sizes.merge}", counts.patches / sizes.merge),
+        ("llm", sizes.llm, "tokens", counts.tokens),
+        ("head", sizes.head, "labelled positions", counts.labelled),
+    )
+    return " + ".join(
+        f"{times[name]}N x {number:,.0f} {unit} ({name}, N = {size / 1e6:,.4g} million)"
+        for name, size, unit, number in parts
     )
 
 

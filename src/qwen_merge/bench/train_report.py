@@ -73,7 +73,9 @@ def show(run: dict) -> None:
     )
     shares = dict(rates["parts"])
     shares |= {key: rates[key] for key in ("communication", "balance") if key in rates}
-    print(" " * 23 + "  ".join(f"{key} {share:.1%}" for key, share in shares.items()), flush=True)
+    print(" " * 23 + "  ".join(f"{key} {share:.1%}" for key, share in shares.items()))
+    of_first = " of the first rank" if run["cards"] > 1 else ""
+    print(f"{'':23}FLOP of weights{of_first} = {first['formula']}", flush=True)
 
 
 def draw(content: dict, path: Path) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
-from qwen_merge.bench.train_flops import Counts, Sizes, attention_flops, matrix_flops
+from qwen_merge.bench.train_flops import Counts, Sizes, attention_flops, formula, matrix_flops
 from qwen_merge.bench.train_profile import shares
 
 PARTS = ("waiting", "vision", "LLM", "loss", "backward", "optimizer")
@@ -148,6 +148,7 @@ def make_meter(job: dict):
                 "parts": parts,
                 "counts": vars(total),
                 "matrix_flops": matrix_flops(self.sizes, total),
+                "formula": formula(self.sizes, total),
                 "attention_flops": attention_flops(self.sizes, total),
                 "peak_bytes": peak,
                 "profile": self.profile(),
@@ -190,7 +191,12 @@ def upstream_tower(tower) -> None:
 
     for block in tower.blocks:
         block.__class__ = upstream.Qwen2_5_VLVisionBlock
-    tower.forward = MethodType(upstream.Qwen2_5_VisionTransformerPretrainedModel.forward, tower)
+
+    def forward(tower, hidden_states, grid_thw):
+        grid_thw = grid_thw.to(hidden_states.device)  # ours takes grids of the host
+        return upstream.Qwen2_5_VisionTransformerPretrainedModel.forward(tower, hidden_states, grid_thw)
+
+    tower.forward = MethodType(forward, tower)
 
 
 def drawn_on(job: dict, load: Callable) -> Callable:

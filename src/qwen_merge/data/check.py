@@ -261,7 +261,7 @@ def _packed(result: Check) -> int:
     assert result.arguments is not None
     data = result.arguments.data
     rows = [length for each in result.sets for length in result.lengths[each.files.name]]
-    if data.neat_packing and data.template in PLANNED_TEMPLATES:
+    if result.arguments.finetuning.stage == "sft" and data.template in PLANNED_TEMPLATES:
         group = result.world_size * result.arguments.training.per_device_train_batch_size
         return planned_packs([length for length in rows if length is not None], data.cutoff_len, group)
     start, batches = 0, []

@@ -43,7 +43,7 @@ def packed_samples(lengths: Iterable[Sequence[int]], cutoff: int) -> int:
 
 
 def planned_packs(lengths: Sequence[int], cutoff: int, group: int) -> int:
-    """Packs that this kit's overlay plans of rows (`neat_packing`), with `group` of them taken at a time by all ranks.
+    """Packs that this kit's overlay plans of rows, with `group` of them taken at a time by all ranks.
 
     `cutoff`: as LLaMA-Factory has parsed it, one less than the recipe says.
     """

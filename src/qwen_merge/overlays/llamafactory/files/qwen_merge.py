@@ -143,6 +143,12 @@ def prepare_training(
         return
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    attention = base.model.language_model.config._attn_implementation
+    if getattr(train_dataset, "is_packed", False) and attention not in ("sdpa", "flash_attention_2"):
+        _stop(
+            f"Packed samples would see each other in {attention} attention, which takes no offsets. "
+            "Set flash_attn: sdpa, or fa2 where flash-attn is installed."
+        )
     base.loss_without_logits = True
     try:
         callback = checkpoint_layers(base, getattr(train_dataset, "is_packed", False))

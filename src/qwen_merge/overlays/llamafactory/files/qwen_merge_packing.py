@@ -14,6 +14,7 @@ import sys
 from copy import copy
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import count
 from typing import TYPE_CHECKING, Any, Callable, ClassVar, Iterator, Optional
 
 import numpy as np
@@ -31,7 +32,7 @@ from .converter import get_dataset_converter
 from .data_utils import merge_dataset
 from .parser import get_dataset_list
 from .processor import SupervisedDatasetProcessor
-from .qwen_merge_plan import Plan, PlanSampler, make_plan
+from .qwen_merge_plan import Plan, PlanSampler, make_plan, patch_cost
 
 
 if TYPE_CHECKING:
@@ -44,8 +45,9 @@ TEMPLATES = ("qwen_merge_vl", "qwen_merge_vl_pt")
 STREAMED_STEPS = 16  # packs of this many steps are planned at a time when the data are streamed
 
 
-def packs_samples(data_args: "DataArguments") -> bool:
-    return bool(data_args.neat_packing and data_args.template in TEMPLATES)
+def packs_samples(data_args: "DataArguments", stage: str) -> bool:
+    r"""Whether packs are planned here. Also without `neat_packing`, where LLaMA-Factory lets samples see each other."""
+    return bool(stage == "sft" and data_args.packing and data_args.template in TEMPLATES)
 
 
 class Grids:
@@ -136,8 +138,13 @@ class PackedDataset(TorchDataset):
     source: np.ndarray
     row: np.ndarray
     plan: Plan
-    sampler: PlanSampler
+    seed: int
     is_packed: ClassVar[bool] = True
+
+    @property
+    def sampler(self) -> PlanSampler:
+        r"""A new one for each training: it remembers how far its own has come."""
+        return PlanSampler(self.plan, self.seed)
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -152,37 +159,48 @@ class PackedDataset(TorchDataset):
 
 @dataclass
 class StreamedPacks(IterableDataset):
-    r"""Packs of a stream, planned for a few steps at a time; samples of packs with much room wait for the next ones."""
+    r"""Packs of a stream, planned for a few steps at a time; samples of packs with much room wait for the next ones.
+
+    `rows`: what is read, in its own order; each round shuffles it otherwise. There is no end: Trainer counts all steps
+    of a stream as one epoch, and one that is resumed must find the steps of all rounds in it.
+    """
 
     rows: Any
     samples: Samples
     capacity: int
     group: int
     seed: int
+    buffer: int
+    patch_cost: float
     is_packed: ClassVar[bool] = True
-
-    def set_epoch(self, epoch: int) -> None:
-        self.rows.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[dict[str, list[dict[str, Any]]]]:
         waiting: list[dict[str, Any]] = []
         tokens, wanted = 0, STREAMED_STEPS * self.group * self.capacity
-        for row in self.rows:
-            feature = self.samples.encode(row)
-            if feature is not None:
-                waiting.append(feature)
-                tokens += len(feature["input_ids"])
+        for feature in self._features():
+            waiting.append(feature)
+            tokens += len(feature["input_ids"])
             if tokens >= wanted:
                 packs, waiting = self._full_packs(waiting)
                 tokens = sum(len(feature["input_ids"]) for feature in waiting)
                 yield from packs
-        if waiting:
-            yield from self._packs(waiting)
+
+    def _features(self) -> Iterator[dict[str, Any]]:
+        r"""All samples of the first round, then of the second, and so on."""
+        for epoch in count():
+            # Not by set_epoch: its number is one for all workers, of which some are ahead of others.
+            rows = self.rows.shuffle(seed=self.seed + epoch, buffer_size=self.buffer)
+            found = False
+            for feature in filter(None, map(self.samples.encode, rows)):
+                found = True
+                yield feature
+            if not found:  # a worker more than there are shards
+                return
 
     def _packs(self, features: list[dict[str, Any]]) -> list[dict[str, list[dict[str, Any]]]]:
         lengths = np.array([len(feature["input_ids"]) for feature in features])
         patches = np.array([self.samples.patches(feature) for feature in features])
-        plan = make_plan(lengths, patches, self.capacity, self.group, self.seed)
+        plan = make_plan(lengths, patches, self.capacity, self.group, self.seed, self.patch_cost)
         return [{"pack": [features[i] for i in plan.pack(number)]} for number in range(len(plan))]
 
     def _full_packs(self, features: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -212,19 +230,36 @@ def get_packed_dataset(template, model_args, data_args, training_args, tokenizer
         _stop("val_size cannot be taken from packed data. Name a set of its own: eval_dataset.")
     if data_args.tokenized_path is not None:
         _stop("tokenized_path is not for packed data, whose pictures stay where they are. Remove it.")
+    if data_args.streaming and training_args.max_steps <= 0:
+        _stop("A stream has no end: max_steps must say how many steps are trained, for instance max_steps: 1000.")
+    if not data_args.neat_packing:
+        logger.warning_rank0(
+            f"packing with template {data_args.template}: samples of a pack never see each other, as with neat_packing."
+        )
     whole = copy(data_args)
     whole.cutoff_len += 1  # LLaMA-Factory takes one off for the padding of its own packs
     make = SupervisedDatasetProcessor(template=template, tokenizer=tokenizer, processor=processor, data_args=whole)
+    training_args.accelerator_config.non_blocking = training_args.dataloader_pin_memory
     group = training_args.world_size * training_args.per_device_train_batch_size
+    cost = _patch_cost(model_args, data_args)
     attributes = get_dataset_list(data_args.dataset, data_args.dataset_dir)
     if data_args.streaming:
         training_args.accelerator_config.dispatch_batches = False  # each rank reads the stream; packs do not travel
         sets = [load(attribute, model_args, data_args, training_args) for attribute in attributes]
         rows = merge_dataset(sets, data_args, training_args.seed)
-        rows = rows.shuffle(buffer_size=data_args.buffer_size, seed=training_args.seed)
-        packs = StreamedPacks(rows, Samples(_identity, make), whole.cutoff_len, group, training_args.seed)
+        workers = training_args.dataloader_num_workers
+        if workers and rows.num_shards % workers:
+            logger.warning_rank0(
+                f"The stream has {rows.num_shards} shards for {workers} workers, each of which goes round its own: some "
+                "are read more often than others. Set dataloader_num_workers to a divisor."
+            )
+        samples = Samples(_identity, make)
+        settings = (whole.cutoff_len, group, training_args.seed, data_args.buffer_size, cost)
+        packs = StreamedPacks(rows, samples, *settings)
         return {**module, "train_dataset": packs}
 
+    data_args = copy(data_args)
+    data_args.align_when_read = True
     sources, references = [], []
     with training_args.main_process_first(desc="measure samples", local=(not data_args.data_shared_file_system)):
         for number, attribute in enumerate(attributes):
@@ -254,14 +289,30 @@ def get_packed_dataset(template, model_args, data_args, training_args, tokenizer
         )
     if not kept.any():
         _stop("No sample is left to train on. `qwen-merge data check RECIPE` says why.")
-    plan = make_plan(tokens[kept], patches[kept], whole.cutoff_len, group, training_args.seed)
+    plan = make_plan(tokens[kept], patches[kept], whole.cutoff_len, group, training_args.seed, cost)
     logger.info_rank0(
         f"Packing: {len(plan.members):,} samples in {len(plan):,} packs of {plan.capacity:,} tokens, "
         f"{plan.fill:.1%} full."
     )
     _check_plan(plan, source[kept], row[kept], training_args)
-    sampler = PlanSampler(plan, training_args.seed)
-    return {**module, "train_dataset": PackedDataset(sources, source[kept], row[kept], plan, sampler)}
+    packs = PackedDataset(sources, source[kept], row[kept], plan, training_args.seed)
+    return {**module, "train_dataset": packs}
+
+
+def _patch_cost(model_args, data_args) -> float:
+    from ..hparams import FinetuningArguments
+    from ..model.loader import load_config
+
+    config = load_config(model_args)
+    if config.model_type != "qwen2_5_vl_merge":
+        _stop(f"packing with template {data_args.template} is for qwen2_5_vl_merge, and this is {config.model_type}.")
+    recipe = getattr(data_args, "finetuning_args", None) or FinetuningArguments()  # set by train/sft/workflow.py
+    return patch_cost(
+        config,
+        not recipe.freeze_vision_tower,
+        not recipe.freeze_multi_modal_projector,
+        not recipe.freeze_language_model and recipe.finetuning_type == "full",
+    )
 
 
 def _identity(row: dict) -> dict:
@@ -273,7 +324,8 @@ def _check_plan(plan: Plan, source: np.ndarray, row: np.ndarray, training_args) 
     digest = hashlib.sha256()
     for array in (plan.members, plan.offsets, source, row):
         digest.update(np.ascontiguousarray(array, dtype=np.int64).tobytes())
-    now = {"packs": len(plan), "samples": len(plan.members), "group": plan.group, "sha256": digest.hexdigest()}
+    now: dict[str, Any] = {"packs": len(plan), "samples": len(plan.members), "group": plan.group}
+    now |= {"patch_cost": plan.patch_cost, "sha256": digest.hexdigest()}
     path = os.path.join(training_args.output_dir, "packing.json")
     if training_args.resume_from_checkpoint and os.path.isfile(path):
         with open(path, encoding="utf-8") as file:
@@ -281,7 +333,7 @@ def _check_plan(plan: Plan, source: np.ndarray, row: np.ndarray, training_args) 
         if before != now:
             _stop(
                 f"The run that is resumed packed its samples otherwise ({before}, now {now}): data, cutoff_len, seed, "
-                "batch size or the number of ranks changed. Set them as they were, or begin anew in another output_dir."
+                "batch size, the number of ranks or what trains changed. Set them as they were, or begin anew in another output_dir."
             )
     if training_args.should_save:
         os.makedirs(training_args.output_dir, exist_ok=True)
@@ -293,28 +345,35 @@ def collate_packs(collator: MultiModalDataCollatorForSeq2Seq, packs: list[dict])
     r"""One row of all samples of all packs, each with the positions that it has alone.
 
     Returns input_ids and labels (1, tokens), position_ids (3, 1, tokens), the offsets of the samples (samples + 1),
-    the longest sample, and the pictures in the order of their samples.
+    the longest sample, and the pictures in the order of their samples; and what the model would have to ask the device
+    for (`KNOWN` in its module): lengths, grids, and the places of pictures' tokens and of labels.
     """
     features = [feature for pack in packs for feature in pack["pack"]]
     batch = MultiModalDataCollatorForSeq2Seq.__call__(collator, features)
     attention_mask = batch.pop("attention_mask").bool()
     # Where no sample has a picture, LLaMA-Factory puts one behind the mask, so that all ranks run the vision tower.
-    ids = torch.tensor(picture_ids(collator.template, collator.tokenizer))
-    keep = attention_mask | torch.isin(batch["input_ids"], ids)
+    kinds = picture_ids(collator.template, collator.tokenizer)
+    keep = attention_mask | torch.isin(batch["input_ids"], torch.tensor(kinds))
     labels = batch["labels"].masked_fill(~attention_mask, IGNORE_INDEX)
     labels[torch.arange(len(labels)), keep.int().argmax(1)] = IGNORE_INDEX  # what stands before does not predict it
     lengths = keep.sum(1)
     offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
     longest = int(lengths.max())
     batch.pop("rope_deltas", None)
+    ids, labels = batch["input_ids"][keep], labels[keep]
+    grids = [batch[name].tolist() for name in ("image_grid_thw", "video_grid_thw") if name in batch]
     batch.update(
-        input_ids=batch["input_ids"][keep][None],
-        labels=labels[keep][None],
+        input_ids=ids[None],
+        labels=labels[None],
         position_ids=batch["position_ids"][:, keep][:, None],
         cu_seq_lens_q=offsets,
         cu_seq_lens_k=offsets,
         max_length_q=longest,
         max_length_k=longest,
+        samples=lengths.tolist(),
+        grids=sum(grids, []),
+        features=torch.cat([(ids == kind).nonzero().squeeze(1) for kind in kinds]),
+        labelled=(labels[1:] != IGNORE_INDEX).nonzero().squeeze(1),
     )
     return {
         name: value.to(collator.compute_dtype) if torch.is_tensor(value) and value.is_floating_point() else value

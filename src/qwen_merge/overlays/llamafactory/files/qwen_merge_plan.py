@@ -10,10 +10,6 @@ import numpy as np
 from torch.utils.data import Sampler
 
 
-# Work of one patch in the vision tower, in tokens of the LLM: 0.63 against 4 billion parameters, of which a frozen
-# tower does the forward only.
-PATCH_COST = 0.08
-
 # Rows of like cost meet in one step. They are looked for among this many steps, not in the whole epoch, so that a step
 # stays a mixture of what the data are.
 STEPS_TO_MATCH = 64
@@ -31,6 +27,7 @@ class Plan:
     group: int
     capacity: int
     tokens: int
+    patch_cost: float
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -87,15 +84,35 @@ def divided(packs: list[list[int]], group: int) -> list[list[int]]:
     return packs
 
 
-def make_plan(lengths: np.ndarray, patches: np.ndarray, capacity: int, group: int, seed: int) -> Plan:
+def patch_cost(config, vision_trains: bool, projector_trains: bool, llm_trains: bool) -> float:
+    r"""Work of one patch in the vision tower and the projector, in tokens of the LLM, by the weights each goes through.
+
+    config: a Qwen2_5_VL_MergeConfig. What trains costs three forwards; what is frozen costs one, and two where it
+    passes a gradient on: the LLM to the projector. Attention's own products are left out.
+    """
+    vision, width = config.vision_config, config.vision_config.hidden_size
+    tower = vision.depth * width * (4 * width + 3 * vision.intermediate_size)
+    unit = vision.spatial_merge_size**2
+    hidden, out = unit * width, vision.out_hidden_size
+    projector = (hidden * hidden + hidden * out + out * vision.out_hidden_size2) / unit
+    heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
+    llm = config.num_hidden_layers * config.hidden_size * (2 * heads + 3 * config.intermediate_size)
+    before = (3 if vision_trains else 1) * tower + (3 if projector_trains else 2 if vision_trains else 1) * projector
+    return before / ((3 if llm_trains else 2 if vision_trains or projector_trains else 1) * llm)
+
+
+def make_plan(
+    lengths: np.ndarray, patches: np.ndarray, capacity: int, group: int, seed: int, patch_cost: float
+) -> Plan:
     r"""A plan of one epoch over samples of `lengths` tokens and `patches` vision patches each.
 
-    group: ranks times packs a rank takes in a step. Within a step the packs cost nearly the same.
+    group: ranks times packs a rank takes in a step. Within a step the packs cost nearly the same; a patch costs
+    `patch_cost` tokens.
     """
     rng = np.random.default_rng(seed)
     packs = divided(best_fit(lengths, capacity, seed), group)
     packs = [packs[number] for number in rng.permutation(len(packs))]
-    cost = np.array([(lengths[pack] + PATCH_COST * patches[pack]).sum() for pack in packs])
+    cost = np.array([(lengths[pack] + patch_cost * patches[pack]).sum() for pack in packs])
     groups: list[np.ndarray] = []
     window = STEPS_TO_MATCH * group
     for first in range(0, len(packs), window):
@@ -107,17 +124,21 @@ def make_plan(lengths: np.ndarray, patches: np.ndarray, capacity: int, group: in
     ordered = [packs[number] for number in order]
     offsets = np.cumsum([0, *map(len, ordered)])
     members = np.concatenate([*ordered, []]).astype(np.int64)
-    return Plan(members, offsets, group, capacity, int(lengths[members].sum()))
+    return Plan(members, offsets, group, capacity, int(lengths[members].sum()), patch_cost)
 
 
 class PlanSampler(Sampler[int]):
-    r"""Numbers of packs for one epoch: the plan's steps, from the second epoch on in another order."""
+    r"""Numbers of packs for one epoch: the plan's steps, from the second epoch on in another order.
+
+    One serves one training from its first epoch on, or from where it is resumed.
+    """
 
     def __init__(self, plan: Plan, seed: int) -> None:
         self.plan, self.seed, self.epoch = plan, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        r"""Never goes back: Accelerate's loader for the rest of an epoch counts from 0, behind Trainer's own call."""
+        self.epoch = max(self.epoch, epoch)
 
     def __len__(self) -> int:
         return len(self.plan)
