@@ -297,7 +297,7 @@ class Qwen2_5_VL_MergeForConditionalGeneration(Qwen2_5_VL_MergePreTrainedModel, 
             layer.compile(**options)
         summed_loss = torch.compile(_summed_loss, **options)
         for head in self.lm_head.modules():  # PEFT may have wrapped it
-            # Inductor pads sides that are no multiples of 8, and not alike in a forward and when a checkpoint repeats it.
+            # Inductor pads sides that are no multiples of 8, not alike in a forward and when a checkpoint repeats it.
             if isinstance(head, Qwen2_5_VL_MergeHead) and head.out_features % 8 == 0:
                 head.summed_loss = summed_loss
 
