@@ -173,7 +173,9 @@ def arguments_of(recipe: str, options: argparse.Namespace, work: Path) -> dict[s
     )
     if options.device == "cpu":
         values.update(use_cpu=True, bf16=False, deepspeed=None, cutoff_len=512, per_device_train_batch_size=2)
-        values.update(gradient_accumulation_steps=1, dataloader_num_workers=0, ddp_backend="gloo")
+        values.update(gradient_accumulation_steps=1, dataloader_num_workers=0)
+        if is_launched(options):
+            values["ddp_backend"] = "gloo"
         values.pop("torch_compile", None)
     elif not is_launched(options):
         values.update(deepspeed=None, pure_bf16=True)
