@@ -176,26 +176,27 @@ class StreamedPacks(IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, list[dict[str, Any]]]]:
         waiting: list[dict[str, Any]] = []
-        tokens, wanted = 0, STREAMED_STEPS * self.group * self.capacity
-        for feature in self._features():
-            waiting.append(feature)
-            tokens += len(feature["input_ids"])
-            if tokens >= wanted:
-                packs, waiting = self._full_packs(waiting)
-                tokens = sum(len(feature["input_ids"]) for feature in waiting)
-                yield from packs
-
-    def _features(self) -> Iterator[dict[str, Any]]:
-        r"""All samples of the first round, then of the second, and so on."""
+        wanted = STREAMED_STEPS * self.group * self.capacity
         for epoch in count():
             # Not by set_epoch: its number is one for all workers, of which some are ahead of others.
             rows = self.rows.shuffle(seed=self.seed + epoch, buffer_size=self.buffer)
-            found = False
+            tokens, found = sum(len(feature["input_ids"]) for feature in waiting), False
             for feature in filter(None, map(self.samples.encode, rows)):
                 found = True
-                yield feature
+                waiting.append(feature)
+                tokens += len(feature["input_ids"])
+                if tokens >= wanted:
+                    packs, waiting = self._full_packs(waiting)
+                    tokens = sum(len(feature["input_ids"]) for feature in waiting)
+                    yield from packs
             if not found:  # a worker more than there are shards
                 return
+
+            # Nothing waits longer than its round, or short samples would for ever: they are what fills packs last.
+            packs = self._packs(waiting)
+            whole = len(packs) - len(packs) % self.group
+            yield from packs[:whole]
+            waiting = [feature for pack in packs[whole:] for feature in pack["pack"]]  # too few for a step
 
     def _packs(self, features: list[dict[str, Any]]) -> list[dict[str, list[dict[str, Any]]]]:
         lengths = np.array([len(feature["input_ids"]) for feature in features])
