@@ -1,0 +1,44 @@
+"""What of the tests needs the first stack (.venv, the reproduction's pins), and why; conftest.py skips it on another.
+
+    ./scripts/test.sh --stack current
+
+Everything that is not named here runs on both stacks. A key is a file below tests/, or one test in it.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+FIRST_STACK = {"transformers": "4.52.3"}  # what tells it from others
+
+LLAMAFACTORY = "LLaMA-Factory learns the architecture by an overlay, which is for 0.9.3"
+NEEDS_FIRST_STACK = {
+    "integration/test_overlays.py": "overlays are for the first stack's versions",
+    "integration/test_training.py": LLAMAFACTORY,
+    "integration/test_packed_training.py": LLAMAFACTORY,
+    "integration/test_data_training.py": LLAMAFACTORY,
+    "integration/test_data_distil.py": LLAMAFACTORY,
+    "unit/test_bench_train.py": LLAMAFACTORY,
+    "unit/test_data_check.py": LLAMAFACTORY,
+    "unit/test_layer_checkpointing.py": LLAMAFACTORY,
+    "unit/test_packing_plan.py": LLAMAFACTORY,
+    "unit/test_recipes.py": LLAMAFACTORY,
+    "unit/test_templates.py": LLAMAFACTORY,
+    "unit/test_train_script.py": LLAMAFACTORY,
+    "unit/test_training_and_inference.py": LLAMAFACTORY,
+    "integration/test_vlmevalkit.py": "VLMEvalKit's run.py learns the options by an overlay",
+    "integration/test_data_engines.py": "Ray is in the first stack's lock",
+    "integration/test_env.py::test_a_half_made_environment_is_mended_and_a_second_run_does_nothing": "makes a .venv",
+    "unit/test_docker.py": "the image is made of the first stack",
+}
+THINKING_BUDGETS = "thinking budgets are refused on vLLM 0.12"
+
+
+def reason_to_skip(node_id: str) -> str | None:
+    """Why the test of this node id (`tests/unit/test_x.py::test_y[z]`) does not run here; None if it does."""
+    try:
+        first = all(version(package) == wanted for package, wanted in FIRST_STACK.items())
+    except PackageNotFoundError:
+        first = False
+    if first:
+        return None
+    file, _, test = node_id.removeprefix("tests/").partition("::")
+    return NEEDS_FIRST_STACK.get(file) or NEEDS_FIRST_STACK.get(f"{file}::{test.partition('[')[0]}")
