@@ -15,13 +15,12 @@ def hook_placeholders() -> None:
     """Let vLLM's chat parser know this model type.
 
     Symptom: "Unknown image model type: qwen2_5_vl_merge". vLLM 0.9.1 decides by a chain of names inside
-    `BaseMultiModalItemTracker._placeholder_str`; later versions ask the model class (`get_placeholder_str`), and then
-    this can go.
+    `BaseMultiModalItemTracker._placeholder_str`; 0.12 asks the model class (`get_placeholder_str`).
     """
     from vllm.entrypoints.chat_utils import BaseMultiModalItemTracker
 
-    original = BaseMultiModalItemTracker._placeholder_str
-    if getattr(original, "knows_qwen_merge", False):
+    original = getattr(BaseMultiModalItemTracker, "_placeholder_str", None)
+    if original is None or getattr(original, "knows_qwen_merge", False):
         return
 
     @wraps(original)
@@ -37,10 +36,25 @@ def hook_placeholders() -> None:
 def hook_checks() -> None:
     """Check prompts for this kit's models before they are queued; safe to call again, other models keep vLLM's ways.
 
-    Symptom: a prompt that vLLM 0.9.1 lets through stops its V1 engine for everybody. `LLM`, in process, is not hooked:
-    who calls it writes the prompts.
+    Symptom: a prompt that vLLM 0.9.1 lets through stops its V1 engine for everybody. `LLM`, in process, is not hooked
+    there: who calls it writes the prompts. vLLM 0.12 makes an engine's request of every prompt before it calls
+    `generate`, so there it is what makes it that is hooked.
     """
     from vllm.v1.engine.async_llm import AsyncLLM
+
+    if input_processor := input_processor_class():
+        process_inputs = input_processor.process_inputs
+        if "checks_prompts" in process_inputs.__dict__:
+            return
+
+        @wraps(process_inputs)
+        def process_checked_inputs(self, request_id, prompt, *args, **kwargs):
+            _check(self.model_config, prompt)
+            return process_inputs(self, request_id, prompt, *args, **kwargs)
+
+        process_checked_inputs.__dict__["checks_prompts"] = True
+        input_processor.process_inputs = process_checked_inputs
+        return
 
     original = AsyncLLM.generate
     if "checks_prompts" in original.__dict__:
@@ -48,15 +62,28 @@ def hook_checks() -> None:
 
     @wraps(original)
     def generate(self, prompt, *args, **kwargs):
-        config = self.model_config.hf_config
-        if config.model_type == MODEL_TYPE and isinstance(prompt, Mapping) and "prompt_token_ids" in prompt:
-            check_tokens(config, prompt)
-            if options := prompt.get("mm_processor_kwargs"):
-                check_processor_options(options, _largest_picture(self.model_config))
+        _check(self.model_config, prompt)
         return original(self, prompt, *args, **kwargs)
 
     generate.__dict__["checks_prompts"] = True
     AsyncLLM.generate = generate
+
+
+def input_processor_class():
+    """What makes an engine's request of a prompt in vLLM 0.12; None in 0.9.1, whose engine client does."""
+    try:
+        from vllm.v1.engine.input_processor import InputProcessor
+    except ImportError:
+        return None
+    return InputProcessor
+
+
+def _check(model_config, prompt) -> None:
+    config = model_config.hf_config
+    if config.model_type == MODEL_TYPE and isinstance(prompt, Mapping) and "prompt_token_ids" in prompt:
+        check_tokens(config, prompt)
+        if options := prompt.get("mm_processor_kwargs"):
+            check_processor_options(options, _largest_picture(model_config))
 
 
 def check_tokens(config, prompt: Mapping) -> None:

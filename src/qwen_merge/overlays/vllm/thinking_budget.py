@@ -9,6 +9,8 @@ vLLM's V1 engine takes no logits processors from a request, so the limit works o
 its servers use (`EngineClient.generate`): the request runs with the budget as its limit; if the thought is still open
 then, a second one goes on from prompt, thought and sentence. The prefix cache makes the second prefill cheap. What the
 client sees is one answer, streamed or whole.
+
+vLLM 0.12 hands `generate` a request of the engine's instead of a prompt: there the option is refused with a clear 400.
 """
 
 from collections.abc import AsyncGenerator, Sequence
@@ -18,6 +20,7 @@ from functools import wraps
 from typing import Any
 
 from qwen_merge.overlays.vllm import MODEL_TYPE
+from qwen_merge.overlays.vllm.chat import input_processor_class
 
 OPTION = "thinking_budget"
 # The sentence of the Qwen3 report, in the form of Qwen3's model card: the thought it ends is never mid-sentence text
@@ -33,7 +36,7 @@ def hook() -> None:
     from vllm.entrypoints.openai.protocol import ChatCompletionRequest
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    if "knows_thinking_budget" in AsyncLLM.generate.__dict__:
+    if "knows_thinking_budget" in ChatCompletionRequest.to_sampling_params.__dict__:
         return
     to_sampling_params, generate = ChatCompletionRequest.to_sampling_params, AsyncLLM.generate
     to_beam_search_params = ChatCompletionRequest.to_beam_search_params
@@ -64,10 +67,27 @@ def hook() -> None:
 
         return _within_budget(self, start, prompt, sampling_params, request_id, budget)
 
+    to_sampling_params_with_budget.__dict__["knows_thinking_budget"] = True
     generate_within_budget.__dict__["knows_thinking_budget"] = True
     ChatCompletionRequest.to_sampling_params = to_sampling_params_with_budget
+    if input_processor := input_processor_class():  # vLLM 0.12
+        _refuse_budgets(input_processor)
+        return
     ChatCompletionRequest.to_beam_search_params = to_beam_search_params_without_budget
     AsyncLLM.generate = generate_within_budget
+
+
+def _refuse_budgets(input_processor) -> None:
+    process_inputs = input_processor.process_inputs
+
+    @wraps(process_inputs)
+    def process_inputs_without_budget(self, request_id, prompt, params, *args, **kwargs):
+        asked = OPTION in (getattr(params, "extra_args", None) or {})
+        if asked and self.model_config.hf_config.model_type == MODEL_TYPE:
+            raise ValueError(f"{OPTION} needs vLLM 0.9.1; this server runs a newer one. Leave it out.")
+        return process_inputs(self, request_id, prompt, params, *args, **kwargs)
+
+    input_processor.process_inputs = process_inputs_without_budget
 
 
 def checked_budget(params) -> int:
