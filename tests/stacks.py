@@ -21,6 +21,8 @@ NEEDS_FIRST_STACK = {
     "integration/test_data_distil.py": LLAMAFACTORY,
     "unit/test_bench_train.py::test_a_tiny_run*": LLAMAFACTORY,
     "unit/test_data_check.py": LLAMAFACTORY,
+    "unit/test_data_show.py::test_every_row_is_there_with*": LLAMAFACTORY,
+    "unit/test_data_show.py::test_a_set_of_which_no_row_can_be*": LLAMAFACTORY,
     "unit/test_layer_checkpointing.py": LLAMAFACTORY,
     "unit/test_templates.py": LLAMAFACTORY,
     "unit/test_training_and_inference.py": LLAMAFACTORY,
