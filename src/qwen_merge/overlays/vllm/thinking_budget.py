@@ -70,10 +70,10 @@ def hook() -> None:
     to_sampling_params_with_budget.__dict__["knows_thinking_budget"] = True
     generate_within_budget.__dict__["knows_thinking_budget"] = True
     ChatCompletionRequest.to_sampling_params = to_sampling_params_with_budget
+    ChatCompletionRequest.to_beam_search_params = to_beam_search_params_without_budget
     if input_processor := input_processor_class():  # vLLM 0.12
         _refuse_budgets(input_processor)
         return
-    ChatCompletionRequest.to_beam_search_params = to_beam_search_params_without_budget
     AsyncLLM.generate = generate_within_budget
 
 
