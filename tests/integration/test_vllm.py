@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from qwen_merge.architecture import register
 from qwen_merge.merger.merge import MergeOptions, merge
 from training import REPOSITORY
 
@@ -46,6 +47,7 @@ def by_transformers(checkpoint: Path, requests: dict[str, dict], adapter: Path |
     """Greedy tokens of each request alone."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    register()
     processor = AutoProcessor.from_pretrained(checkpoint)
     model = AutoModelForImageTextToText.from_pretrained(checkpoint, torch_dtype=torch.float32).eval()
     if adapter is not None:
@@ -113,6 +115,7 @@ def make_adapter(checkpoint: Path, folder: Path) -> Path:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForImageTextToText
 
+    register()
     model = AutoModelForImageTextToText.from_pretrained(checkpoint, torch_dtype=torch.float32)
     torch.manual_seed(0)
     config = LoraConfig(r=8, lora_alpha=16, target_modules=r".*language_model.*\.(q_proj|v_proj|o_proj|up_proj)")

@@ -1,4 +1,4 @@
-"""Qwen2_5_VL_Merge for transformers 4.52: Qwen3 that sees through Qwen2.5-VL's vision tower.
+"""Qwen2_5_VL_Merge for transformers 4.52 and 4.57: Qwen3 that sees through Qwen2.5-VL's vision tower.
 
 The three modules beside this one import transformers by absolute names only, so the same files serve three times: here,
 as the overlay's new folder inside transformers, and as the code that travels with a checkpoint (`auto_map`).

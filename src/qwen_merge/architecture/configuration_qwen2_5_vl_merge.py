@@ -159,6 +159,9 @@ class Qwen2_5_VL_MergeConfig(PretrainedConfig):
         if rope_scaling["rope_type"] == "default":
             rope_scaling = {"type": "mrope", "mrope_section": rope_scaling["mrope_section"]}
         output["rope_scaling"] = rope_scaling
+        for part in (output, output["vision_config"]):
+            if "dtype" in part:  # transformers 4.57 writes this name and reads both; 4.52 and the contract: torch_dtype
+                part["torch_dtype"] = part.pop("dtype")
         output["vision_config"].pop("torch_dtype", None)  # from_pretrained sets it on each part; the top level has it
         return output
 

@@ -6,7 +6,9 @@ Several samples may lie in one row (packing): attention stays within each, see `
 Head: on demand it gives the loss of the labelled positions instead of logits for all.
 Vision tower: see `vision_qwen2_5_vl_merge`. All else is inherited.
 
-On the disk the tensors are named `visual.*`, `model.*` and `lm_head.weight`; in memory transformers 4.52 wants
+Written for transformers 4.52, and runs on 4.57 too; what is there for one of them says so.
+
+On the disk the tensors are named `visual.*`, `model.*` and `lm_head.weight`; in memory transformers wants
 `model.visual.*` and `model.language_model.*`. Both spellings load; a save writes the names of the disk.
 """
 
@@ -150,7 +152,8 @@ class Qwen2_5_VL_MergeTextModel(Qwen3Model):
             kwargs["samples"] = Samples(packing["cu_seq_lens_q"], _KNOWN.get().get("samples"))
         if position_ids is None or position_ids.ndim == 2:
             return super().forward(*args, position_ids=position_ids, **kwargs)
-        token = _MROPE_POSITIONS.set(position_ids)
+        # transformers 4.57: `generate` puts the text's positions, a fourth row, before time, height and width.
+        token = _MROPE_POSITIONS.set(position_ids[-3:])
         try:
             return super().forward(*args, **kwargs)
         finally:
@@ -171,7 +174,8 @@ class Qwen2_5_VL_MergeModel(Qwen2_5_VL_MergePreTrainedModel, Qwen2_5_VLModel):
     """Vision tower and text tower without a head."""
 
     # Qwen2.5-VL's own mapping misses checkpoints that were re-saved with the names of memory.
-    _checkpoint_conversion_mapping = {r"^model\.visual": "visual", r"^model(\.language_model)?": "language_model"}
+    # Spelled so that what transformers 4.57 makes of the patterns for a save, `model.visual` and `model`, are names.
+    _checkpoint_conversion_mapping = {"^model.visual": "visual", r"^model(\.language_model|)": "language_model"}
 
     def __init__(self, config: Qwen2_5_VL_MergeConfig):
         # Not Qwen2_5_VLModel's own: it would build a whole Qwen2.5 decoder first.
@@ -236,7 +240,7 @@ class Qwen2_5_VL_MergeModel(Qwen2_5_VL_MergePreTrainedModel, Qwen2_5_VLModel):
 
     def _fix_state_dict_keys_on_save(self, state_dict: dict) -> dict:
         """The names of the disk for a model without a head, too."""
-        return {re.sub(r"^language_model\.", "model.", name): tensor for name, tensor in state_dict.items()}
+        return {disk_name(re.sub(r"^language_model\.", "model.", name)): tensor for name, tensor in state_dict.items()}
 
 
 def _summed_loss(weight: torch.Tensor, hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -332,7 +336,7 @@ class Qwen2_5_VL_MergeForConditionalGeneration(Qwen2_5_VL_MergePreTrainedModel, 
         return isinstance(self.lm_head.original_module if whole else self.lm_head, Qwen2_5_VL_MergeHead)
 
     def _fix_state_dict_keys_on_save(self, state_dict: dict) -> dict:
-        """transformers' hook for the names of a save; its own reverse mapping does nothing in 4.52.3."""
+        """transformers' hook for the names of a save; its own reverse mapping does nothing in 4.52.3, but in 4.57."""
         return {disk_name(name): tensor for name, tensor in state_dict.items()}
 
 

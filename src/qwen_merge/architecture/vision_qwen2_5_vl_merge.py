@@ -186,7 +186,8 @@ class Qwen2_5_VL_MergeVisionTransformer(Qwen2_5_VisionTransformerPretrainedModel
         return self.merger(hidden_states)[copied(back, device)]
 
     def _block(self, block, hidden_states: torch.Tensor, segments: Segments) -> torch.Tensor:
-        if self.gradient_checkpointing and self.training:
+        # transformers 4.52 leaves it to the tower; 4.57's blocks have this attribute and see to it themselves.
+        if self.gradient_checkpointing and self.training and not hasattr(block, "gradient_checkpointing"):
             return self._gradient_checkpointing_func(block.__call__, hidden_states, segments)
         return block(hidden_states, segments)
 

@@ -1,8 +1,9 @@
-"""Teaches vLLM 0.9.1 the architecture through its own plug-in entry point: no file of vLLM is changed.
+"""Teaches vLLM 0.9.1 and 0.12 the architecture through its own plug-in entry point: no file of vLLM is changed.
 
 `pyproject.toml` names `register` under `vllm.general_plugins`. vLLM calls it in every process it starts (API server,
 model inspection, engine core, workers), so that plain `vllm serve DIR` works wherever this package is installed.
-`qwen-merge overlay verify vllm` proves it by effect.
+`qwen-merge overlay verify vllm` proves it by effect. On 0.12 all of it works but thinking budgets: a
+request that asks for one is refused.
 """
 
 ARCHITECTURE = "Qwen2_5_VL_MergeForConditionalGeneration"

@@ -19,13 +19,12 @@ def hook_placeholders() -> None:
     """Let vLLM's chat parser know this model type.
 
     Symptom: "Unknown image model type: qwen2_5_vl_merge". vLLM 0.9.1 decides by a chain of names inside
-    `BaseMultiModalItemTracker._placeholder_str`; later versions ask the model class (`get_placeholder_str`), and then
-    this can go.
+    `BaseMultiModalItemTracker._placeholder_str`; 0.12 asks the model class (`get_placeholder_str`).
     """
     from vllm.entrypoints.chat_utils import BaseMultiModalItemTracker
 
-    original = BaseMultiModalItemTracker._placeholder_str
-    if getattr(original, "knows_qwen_merge", False):
+    original = getattr(BaseMultiModalItemTracker, "_placeholder_str", None)
+    if original is None or getattr(original, "knows_qwen_merge", False):
         return
 
     @wraps(original)
@@ -41,28 +40,44 @@ def hook_placeholders() -> None:
 def hook_checks() -> None:
     """Check prompts for this kit's models before they are queued; safe to call again, other models keep vLLM's ways.
 
-    Symptom: a prompt that vLLM 0.9.1 lets through stops its engine for everybody. `LLM`, in process, is not hooked:
-    who calls it writes the prompts.
+    Symptom: a prompt that vLLM 0.9.1 lets through stops its engine for everybody. `LLM`, in process, is not hooked
+    there: who calls it writes the prompts. vLLM 0.12 makes an engine's request of every prompt before it calls
+    `generate`, so there it is what makes it that is hooked.
     """
+    if (maker := clients.request_maker()) and "checks_prompts" not in maker.process_inputs.__dict__:
+        maker.process_inputs = _checking_requests(maker.process_inputs)
     for client in (*clients.of_v1(), *clients.of_v0()):
         if "checks_prompts" not in client.generate.__dict__:
             client.generate = _checking(client.generate)
 
 
+def _checking_requests(original):
+    @wraps(original)
+    def process_inputs(self, request_id, prompt, *args, **kwargs):
+        _check(self.model_config, prompt)
+        return original(self, request_id, prompt, *args, **kwargs)
+
+    process_inputs.__dict__["checks_prompts"] = True
+    return process_inputs
+
+
 def _checking(original):
     @wraps(original)
     def generate(self, prompt, *args, **kwargs):
-        model_config = clients.model_config_of(self)
-        config = model_config.hf_config
-        if config.model_type == MODEL_TYPE and isinstance(prompt, Mapping) and "prompt_token_ids" in prompt:
-            check_tokens(config, prompt)
-            if options := prompt.get("mm_processor_kwargs"):
-                largest = _largest_picture(model_config)
-                check_processor_options(options, largest, _frames(prompt), _longest_videos(config))
+        _check(clients.model_config_of(self), prompt)
         return original(self, prompt, *args, **kwargs)
 
     generate.__dict__["checks_prompts"] = True
     return generate
+
+
+def _check(model_config, prompt) -> None:
+    config = model_config.hf_config
+    if config.model_type == MODEL_TYPE and isinstance(prompt, Mapping) and "prompt_token_ids" in prompt:
+        check_tokens(config, prompt)
+        if options := prompt.get("mm_processor_kwargs"):
+            largest = _largest_picture(model_config)
+            check_processor_options(options, largest, _frames(prompt), _longest_videos(config))
 
 
 def check_tokens(config, prompt: Mapping) -> None:

@@ -34,8 +34,8 @@ def _accept_float32() -> None:
     import torch
     from vllm.engine.arg_utils import EngineArgs
 
-    original = EngineArgs._is_v1_supported_oracle
-    if getattr(original, "accepts_float32", False):
+    original = getattr(EngineArgs, "_is_v1_supported_oracle", None)  # gone in vLLM 0.12, whose V1 takes float32
+    if original is None or getattr(original, "accepts_float32", False):
         return
 
     @wraps(original)

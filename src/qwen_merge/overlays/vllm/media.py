@@ -1,7 +1,7 @@
 """What a chat request may make the server load: pictures that decode, of a bounded size, from public addresses.
 
-vLLM 0.9.1 fetches any http(s) URL a client names, private networks included, decodes pictures of any size, and answers
-500 when a fetch fails or a file is damaged. For this kit's models each of these is a clear 400. A local file is
+vLLM 0.9.1 and 0.12 fetch any http(s) URL a client names, private networks included, decode pictures of any size, and
+answer 500 when a fetch fails or a file is damaged. For this kit's models each of these is a clear 400. A local file is
 refused by vLLM itself unless `--allowed-local-media-path` allows its folder.
 
 Environment variables: QWEN_MERGE_ALLOW_PRIVATE_MEDIA=1 fetches from private networks too; QWEN_MERGE_MAX_IMAGE_PIXELS
@@ -38,7 +38,10 @@ def hook() -> None:
         original(self, tracker)
         if tracker.model_config.hf_config.model_type == MODEL_TYPE:
             connector_class = connector_class or _limited_connector_class()
-            self._connector = connector_class(allowed_local_media_path=tracker.allowed_local_media_path)
+            newer = ("media_io_kwargs", "allowed_media_domains")  # options that vLLM 0.12 has and 0.9.1 does not
+            options = {name: getattr(self._connector, name) for name in newer if hasattr(self._connector, name)}
+            path = tracker.allowed_local_media_path
+            self._connector = connector_class(allowed_local_media_path=path, **options)
 
     init.__dict__["limits_media"] = True
     AsyncMultiModalContentParser.__init__ = init
@@ -125,8 +128,8 @@ def _limited_connector_class():
                 self.public_client = aiohttp.ClientSession(connector=PublicConnector())
             return self.public_client
 
-        async def async_get_bytes(self, url, *, timeout=None):
-            async with await self.get_async_response(url, timeout=timeout) as response:
+        async def async_get_bytes(self, url, *, timeout=None, **options):
+            async with await self.get_async_response(url, timeout=timeout, **options) as response:
                 response.raise_for_status()
                 data = bytearray()
                 async for chunk in response.content.iter_chunked(1 << 20):
@@ -172,20 +175,24 @@ def _limited_connector_class():
     connection = PublicConnection()
 
     class LimitedConnector(MediaConnector):
-        def __init__(self, *, allowed_local_media_path: str = ""):
-            super().__init__(connection, allowed_local_media_path=allowed_local_media_path)
+        media_io_kwargs: dict[str, dict]
+
+        def __init__(self, **options):
+            self.media_io_kwargs = {}
+            super().__init__(connection=connection, **options)
 
         async def fetch_image_async(self, image_url: str, *, image_mode: str = "RGB"):
             from vllm import envs
 
-            media_io = LimitedImageIO(image_mode=image_mode)
+            media_io = LimitedImageIO(image_mode=image_mode, **self.media_io_kwargs.get("image", {}))
             timeout = envs.VLLM_IMAGE_FETCH_TIMEOUT
             return await self._load("picture", self.load_from_url_async(image_url, media_io, fetch_timeout=timeout))
 
         async def fetch_video_async(self, video_url: str, *, image_mode: str = "RGB", num_frames: int = 32):
             from vllm import envs
 
-            media_io = LimitedVideoIO(LimitedImageIO(image_mode=image_mode), num_frames=num_frames)
+            video = {"num_frames": num_frames, **self.media_io_kwargs.get("video", {})}
+            media_io = LimitedVideoIO(LimitedImageIO(image_mode=image_mode), **video)
             timeout = envs.VLLM_VIDEO_FETCH_TIMEOUT
             return await self._load("video", self.load_from_url_async(video_url, media_io, fetch_timeout=timeout))
 

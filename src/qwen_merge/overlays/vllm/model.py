@@ -1,4 +1,4 @@
-"""Qwen2_5_VL_Merge for vLLM 0.9.1: its Qwen2.5-VL with its own Qwen3 as the LLM, and the projector's new layer.
+"""Qwen2_5_VL_Merge for vLLM 0.9.1 and 0.12: its Qwen2.5-VL with its Qwen3 as the LLM, and the projector's new layer.
 
 What is not here is inherited: picture and video inputs, windows, M-RoPE positions (found by `mrope_section`, not by the
 model type), prefix cache, chunked prefill, LoRA, pipeline stages, both spellings of tensor names on the disk.
@@ -53,8 +53,9 @@ class Qwen2_5_VL_MergePatchMerger(Qwen2_5_VisionPatchMerger):
 class Qwen2_5_VL_MergeVisionTransformer(Qwen2_5_VisionTransformer):
     """Qwen2.5-VL's vision tower with the extended projector."""
 
-    def __init__(self, vision_config, norm_eps: float = 1e-6, quant_config=None, prefix: str = ""):
-        super().__init__(vision_config, norm_eps=norm_eps, quant_config=quant_config, prefix=prefix)
+    def __init__(self, vision_config, norm_eps: float = 1e-6, quant_config=None, prefix: str = "", **kwargs):
+        super().__init__(vision_config, norm_eps=norm_eps, quant_config=quant_config, prefix=prefix, **kwargs)
+        self.out_hidden_size = vision_config.out_hidden_size2  # what vLLM 0.12 shares pictures among ranks by
         self.merger = Qwen2_5_VL_MergePatchMerger(
             d_model=vision_config.out_hidden_size,
             d_model2=vision_config.out_hidden_size2,
@@ -63,6 +64,7 @@ class Qwen2_5_VL_MergeVisionTransformer(Qwen2_5_VisionTransformer):
             spatial_merge_size=self.spatial_merge_size,
             quant_config=quant_config,
             prefix=f"{prefix}.merger",
+            **{name: kwargs[name] for name in kwargs if name == "use_data_parallel"},
         )
 
 
@@ -87,11 +89,23 @@ class Qwen2_5_VL_MergeForConditionalGeneration(Qwen2_5_VLForConditionalGeneratio
         config = vllm_config.model_config.hf_config
         self.config = config
         self.multimodal_config = vllm_config.model_config.multimodal_config
+        if hasattr(self, "_maybe_ignore_quant_config"):  # vLLM 0.9
+            quant_config, options = self._maybe_ignore_quant_config(vllm_config.quant_config), {}
+        else:  # vLLM 0.12: what its Qwen2.5-VL sets and hands on
+            self.vllm_config, quant_config = vllm_config, self.quant_config
+            self.use_data_parallel = self.multimodal_config.mm_encoder_tp_mode == "data"
+            self.video_pruning_rate = self.multimodal_config.video_pruning_rate
+            self.is_multimodal_pruning_enabled = self.multimodal_config.is_multimodal_pruning_enabled()
+            options = {
+                "use_data_parallel": self.use_data_parallel,
+                "attn_backend_override": self.multimodal_config.mm_encoder_attn_backend,
+            }
         self.visual = Qwen2_5_VL_MergeVisionTransformer(
             config.vision_config,
             # The tower's own epsilon. Stock vLLM passes the LLM's, which happens to be the same number.
-            quant_config=self._maybe_ignore_quant_config(vllm_config.quant_config),
+            quant_config=quant_config,
             prefix=maybe_prefix(prefix, "visual"),
+            **options,
         )
         self.language_model = init_vllm_registered_model(
             vllm_config=vllm_config,
@@ -102,14 +116,14 @@ class Qwen2_5_VL_MergeForConditionalGeneration(Qwen2_5_VLForConditionalGeneratio
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
         self.never_said = (config.image_token_id, config.video_token_id, config.vision_start_token_id)
 
-    def compute_logits(self, hidden_states: Tensor, sampling_metadata) -> Tensor | None:
+    def compute_logits(self, hidden_states: Tensor, *metadata) -> Tensor | None:  # vLLM 0.9 has one more argument
         """(tokens, width) -> (tokens, vocabulary); None on ranks that do not sample.
 
         A model never says a picture's or a video's placeholder: vLLM finds the places for the features of a whole batch
         by these ids, and one more of them, in anybody's answer, stops the engine for everybody. Nor what opens a
         picture, which must not be a prompt's last token. (So `prompt_logprobs` knows no probability for them.)
         """
-        logits = super().compute_logits(hidden_states, sampling_metadata)
+        logits = super().compute_logits(hidden_states, *metadata)
         if logits is not None:
             for token in self.never_said:  # one by one: a list would be copied to the GPU, which waits for it
                 logits[..., token] = float("-inf")

@@ -1,7 +1,7 @@
 """`--reasoning-parser qwen_merge`: Qwen3's parser, for which a thought that is never closed is no answer.
 
-vLLM 0.9.1's `qwen3` gives such a text as `content` when the answer comes whole and as `reasoning_content` when it is
-streamed. A client that scores `content` would score the thought.
+The `qwen3` of vLLM 0.9.1 and 0.12 gives such a text as `content` when the answer comes whole and as `reasoning_content`
+when it is streamed. A client that scores `content` would score the thought.
 """
 
 NAME = "qwen_merge"
@@ -15,12 +15,18 @@ def register() -> None:
     if NAME in ReasoningParserManager.reasoning_parsers:
         return
 
-    class QwenMergeReasoningParser(Qwen3ReasoningParser):
-        def extract_reasoning_content(self, model_output, request):
-            """(thought or None, answer or None)"""
-            before, opened, thought = model_output.partition(self.think_start_token)
-            if opened and not before.strip() and self.think_end_token not in thought:
-                return thought, None
-            return super().extract_reasoning_content(model_output, request)
+    # Its name in vLLM 0.9.1, and in 0.12.
+    old, new = "extract_reasoning_content", "extract_reasoning"
+    method = old if hasattr(Qwen3ReasoningParser, old) else new
+    original = getattr(Qwen3ReasoningParser, method)
+
+    def extract(self, model_output, request):
+        """(thought or None, answer or None)"""
+        before, opened, thought = model_output.partition("<think>")
+        if opened and not before.strip() and "</think>" not in thought:
+            return thought, None
+        return original(self, model_output, request)
+
+    QwenMergeReasoningParser = type("QwenMergeReasoningParser", (Qwen3ReasoningParser,), {method: extract})
 
     ReasoningParserManager.register_module(NAME, module=QwenMergeReasoningParser)

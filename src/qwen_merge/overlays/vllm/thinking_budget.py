@@ -11,6 +11,8 @@ used up, it is aborted and a second one goes on from prompt, thought and sentenc
 prefill cheap. The client sees one answer, streamed or whole. A budget that is not used up changes nothing in it.
 
 Penalties on presence and frequency see the thought as part of the prompt in the second request.
+
+vLLM 0.12 hands `generate` a request of the engine's instead of a prompt: there the option is refused with a clear 400.
 """
 
 from collections.abc import AsyncGenerator, Sequence
@@ -56,6 +58,8 @@ def hook() -> None:
     to_sampling_params_with_budget.__dict__["knows_thinking_budget"] = True
     ChatCompletionRequest.to_sampling_params = to_sampling_params_with_budget
     ChatCompletionRequest.to_beam_search_params = to_beam_search_params_without_budget
+    if maker := clients.request_maker():
+        maker.process_inputs = _refusing_budgets_of_requests(maker.process_inputs)
     for client in clients.of_v1():
         client.generate = _keeping_budgets(client.generate)
     for client in clients.of_v0():
@@ -94,9 +98,22 @@ def _refusing_budgets(generate):
     return generate_without_budget
 
 
+def _refusing_budgets_of_requests(process_inputs):
+    @wraps(process_inputs)
+    def process_inputs_without_budget(self, request_id, prompt, params, *args, **kwargs):
+        if _asked(self.model_config, params):
+            raise ValueError(f"{OPTION} needs vLLM 0.9.1; this server runs a newer one. Leave it out.")
+        return process_inputs(self, request_id, prompt, params, *args, **kwargs)
+
+    return process_inputs_without_budget
+
+
 def _asks(client, params) -> bool:
-    asked = OPTION in (getattr(params, "extra_args", None) or {})
-    return asked and clients.model_config_of(client).hf_config.model_type == MODEL_TYPE
+    return _asked(clients.model_config_of(client), params)
+
+
+def _asked(model_config, params) -> bool:
+    return OPTION in (getattr(params, "extra_args", None) or {}) and model_config.hf_config.model_type == MODEL_TYPE
 
 
 def checked_budget(params) -> int:

@@ -1,0 +1,55 @@
+"""What of the tests needs the first stack (.venv, the reproduction's pins), and why; conftest.py skips it on another.
+
+    ./scripts/test.sh --stack current
+
+Everything that is not named here runs on both stacks. A key is a file below tests/, or a pattern of tests in one.
+"""
+
+from fnmatch import fnmatchcase
+from importlib.metadata import PackageNotFoundError, version
+
+FIRST_STACK = {"transformers": "4.52.3"}  # what tells it from others
+
+LLAMAFACTORY = "LLaMA-Factory learns the architecture by an overlay, which is for 0.9.3"
+THINKING_BUDGETS = "thinking budgets are refused on vLLM 0.12"
+MEND = "vLLM 0.12's kernels load without the mend"
+NEEDS_FIRST_STACK = {
+    "integration/test_overlays.py": "overlays are for the first stack's versions",
+    "integration/test_training.py": LLAMAFACTORY,
+    "integration/test_packed_training.py": LLAMAFACTORY,
+    "integration/test_data_training.py": LLAMAFACTORY,
+    "integration/test_data_distil.py": LLAMAFACTORY,
+    "unit/test_bench_train.py::test_a_tiny_run*": LLAMAFACTORY,
+    "unit/test_data_check.py": LLAMAFACTORY,
+    "unit/test_data_show.py::test_every_row_is_there_with*": LLAMAFACTORY,
+    "unit/test_data_show.py::test_a_set_of_which_no_row_can_be*": LLAMAFACTORY,
+    "unit/test_layer_checkpointing.py": LLAMAFACTORY,
+    "unit/test_templates.py": LLAMAFACTORY,
+    "unit/test_training_and_inference.py": LLAMAFACTORY,
+    "integration/test_vlmevalkit.py": "VLMEvalKit's run.py learns the options by an overlay",
+    "integration/test_data_engines.py": "Ray is in the first stack's lock",
+    "integration/test_env.py::test_a_half_made_environment*": "makes a .venv",
+    "unit/test_vllm_plugin.py::test_one_byte_is_changed*": MEND,
+    "unit/test_vllm_plugin.py::test_other_versions_stay_required": MEND,
+    "integration/test_server.py::*budget*": THINKING_BUDGETS,
+    "integration/test_server.py::test_a_thought_that_opens_late*": THINKING_BUDGETS,
+    "integration/test_server.py::test_a_client_that_leaves*a thought]": THINKING_BUDGETS,
+}
+
+
+def first_stack() -> bool:
+    try:
+        return all(version(package) == wanted for package, wanted in FIRST_STACK.items())
+    except PackageNotFoundError:
+        return False
+
+
+def reason_to_skip(node_id: str) -> str | None:
+    """Why the test of this node id (`tests/unit/test_x.py::test_y[z]`) does not run here; None if it does."""
+    if first_stack():
+        return None
+    test = node_id.removeprefix("tests/")
+    for name, why in NEEDS_FIRST_STACK.items():
+        if fnmatchcase(test, name if "::" in name else f"{name}::*"):
+            return why
+    return None
