@@ -14,6 +14,7 @@ import copy
 import re
 from contextvars import ContextVar
 from functools import wraps
+from typing import Any
 
 import torch
 from torch import nn
@@ -81,7 +82,14 @@ ALL_ATTENTION_FUNCTIONS.register("packed_sdpa", packed_sdpa_attention)
 
 
 class Qwen2_5_VL_MergeRotaryEmbedding(Qwen3RotaryEmbedding):
-    """Qwen3's rotary embedding for positions that have a time, a height and a width."""
+    """Qwen3's rotary embedding for positions that have a time, a height and a width.
+
+    mrope_section: their shares of half of `head_dim`; None: the configuration's.
+    """
+
+    def __init__(self, config, device=None, mrope_section: list[int] | None = None):
+        super().__init__(config, device)
+        self.mrope_section = mrope_section or config.rope_scaling["mrope_section"]
 
     @torch.no_grad()
     @dynamic_rope_update
@@ -93,23 +101,28 @@ class Qwen2_5_VL_MergeRotaryEmbedding(Qwen3RotaryEmbedding):
         if positions_3bt.ndim == 2:
             positions_3bt = positions_3bt[None].expand(3, -1, -1)
         inv_freq = self.inv_freq.to(device=x.device, dtype=torch.float32)
-        sections = zip(positions_3bt, inv_freq.split(self.config.rope_scaling["mrope_section"]), strict=True)
+        sections = zip(positions_3bt, inv_freq.split(self.mrope_section), strict=True)
         freqs_btf = torch.cat([positions[..., None].float() * frequencies for positions, frequencies in sections], -1)
         angles_btd = torch.cat((freqs_btf, freqs_btf), dim=-1)
         cos, sin = angles_btd.cos() * self.attention_scaling, angles_btd.sin() * self.attention_scaling
         return cos.to(x.dtype), sin.to(x.dtype)
 
 
-class Qwen2_5_VL_MergeTextModel(Qwen3Model):
-    """Qwen3's decoder with `position_ids` of (3, batch, tokens); (batch, tokens) and None mean what they mean there."""
+class MRopeDecoder:
+    """In front of one of transformers' decoders: `position_ids` of (3, batch, tokens), and packed samples.
 
-    config_class = Qwen2_5_VL_MergeTextConfig
+    Positions of (batch, tokens) and None mean what they mean there.
+    """
 
-    def __init__(self, config: Qwen2_5_VL_MergeTextConfig):
-        super().__init__(config)
-        self.rotary_emb = Qwen2_5_VL_MergeRotaryEmbedding(config)
-        if config._attn_implementation == "sdpa":  # masks are still made, or left out, as for sdpa
-            layer_config = copy.copy(config)
+    config: Any
+    layers: Any
+
+    def prepare(self, mrope_section: list[int] | None) -> None:
+        """To be called when the decoder has been built; without sections its own rotary embedding stays."""
+        if mrope_section is not None:
+            self.rotary_emb = Qwen2_5_VL_MergeRotaryEmbedding(self.config, mrope_section=mrope_section)
+        if self.config._attn_implementation == "sdpa":  # masks are still made, or left out, as for sdpa
+            layer_config = copy.copy(self.config)
             layer_config._attn_implementation_internal = "packed_sdpa"
             for layer in self.layers:
                 layer.self_attn.config = layer_config
@@ -124,13 +137,25 @@ class Qwen2_5_VL_MergeTextModel(Qwen3Model):
                 "see all samples of a row"
             )
         kwargs.update(packing)
+        if position_ids is not None and position_ids.ndim == 3 and not hasattr(self.rotary_emb, "mrope_section"):
+            position_ids = position_ids[0]
         if position_ids is None or position_ids.ndim == 2:
-            return super().forward(*args, position_ids=position_ids, **kwargs)
+            return super().forward(*args, position_ids=position_ids, **kwargs)  # type: ignore[misc]
         token = _MROPE_POSITIONS.set(position_ids)
         try:
-            return super().forward(*args, **kwargs)
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
         finally:
             _MROPE_POSITIONS.reset(token)
+
+
+class Qwen2_5_VL_MergeTextModel(MRopeDecoder, Qwen3Model):
+    """Qwen3's decoder with M-RoPE's positions."""
+
+    config_class = Qwen2_5_VL_MergeTextConfig
+
+    def __init__(self, config: Qwen2_5_VL_MergeTextConfig):
+        super().__init__(config)
+        self.prepare(config.rope_scaling["mrope_section"])
 
 
 class Qwen2_5_VL_MergePreTrainedModel(Qwen2_5_VLPreTrainedModel):
@@ -220,7 +245,7 @@ class Qwen2_5_VL_MergeForConditionalGeneration(Qwen2_5_VL_MergePreTrainedModel, 
         self.loss_type = "ForCausalLM"  # transformers guesses it from the class's name, and warns where it cannot
         # A trainer that resumes calls `load_state_dict` with the names of the disk; without this it would load
         # nothing and go on from the base weights.
-        self.register_load_state_dict_pre_hook(_names_of_memory)
+        self.register_load_state_dict_pre_hook(names_of_memory)
         self.post_init()
 
     def compile_blocks(self, **options) -> None:
@@ -260,16 +285,16 @@ class Qwen2_5_VL_MergeForConditionalGeneration(Qwen2_5_VL_MergePreTrainedModel, 
 
 def disk_name(name: str) -> str:
     """The name on the disk (`visual.*`, `model.*`) of a tensor named as in memory or as on the disk."""
-    return re.sub(r"^model\.(?:(visual)|language_model)\.", lambda m: f"{m[1] or 'model'}.", name)
+    return re.sub(r"^model\.(?:(visual|projector)|language_model)\.", lambda m: f"{m[1] or 'model'}.", name)
 
 
 def memory_name(name: str) -> str:
     """The name in memory (`model.visual.*`, `model.language_model.*`) of a tensor named either way."""
-    prefixes = {"visual.": "model.visual.", "model.": "model.language_model."}
-    return re.sub(r"^(?:visual|model)\.", lambda m: prefixes[m[0]], disk_name(name))
+    prefixes = {"visual.": "model.visual.", "projector.": "model.projector.", "model.": "model.language_model."}
+    return re.sub(r"^(?:visual|projector|model)\.", lambda m: prefixes[m[0]], disk_name(name))
 
 
-def _names_of_memory(module, state_dict: dict, prefix: str, *_) -> None:
+def names_of_memory(module, state_dict: dict, prefix: str, *_) -> None:
     for name in [name for name in state_dict if name.startswith(prefix)]:
         state_dict[prefix + memory_name(name[len(prefix) :])] = state_dict.pop(name)
 
