@@ -16,6 +16,7 @@ from qwen_merge.errors import UserError
 # In the order of use. Each module has `add_parsers(subparsers)`; each parser sets `run`, a function of the arguments.
 COMMAND_MODULES = (
     "qwen_merge.merger.command",
+    "qwen_merge.graft.command",
     "qwen_merge.overlays.command",
     "qwen_merge.data.command",
     "qwen_merge.chat.command",

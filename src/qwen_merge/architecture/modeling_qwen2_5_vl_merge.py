@@ -16,6 +16,7 @@ import copy
 import re
 from contextvars import ContextVar
 from functools import cached_property, wraps
+from typing import Any
 
 import torch
 from torch import nn
@@ -105,7 +106,14 @@ ALL_ATTENTION_FUNCTIONS.register("packed_sdpa", packed_sdpa_attention)
 
 
 class Qwen2_5_VL_MergeRotaryEmbedding(Qwen3RotaryEmbedding):
-    """Qwen3's rotary embedding for positions that have a time, a height and a width."""
+    """Qwen3's rotary embedding for positions that have a time, a height and a width.
+
+    mrope_section: their shares of half of `head_dim`; None: the configuration's.
+    """
+
+    def __init__(self, config, device=None, mrope_section: list[int] | None = None):
+        super().__init__(config, device)
+        self.mrope_section = mrope_section or config.rope_scaling["mrope_section"]
 
     @torch.no_grad()
     @dynamic_rope_update
@@ -117,23 +125,28 @@ class Qwen2_5_VL_MergeRotaryEmbedding(Qwen3RotaryEmbedding):
         if positions_3bt.ndim == 2:
             positions_3bt = positions_3bt[None].expand(3, -1, -1)
         inv_freq = self.inv_freq.to(device=x.device, dtype=torch.float32)
-        sections = zip(positions_3bt, inv_freq.split(self.config.rope_scaling["mrope_section"]), strict=True)
+        sections = zip(positions_3bt, inv_freq.split(self.mrope_section), strict=True)
         freqs_btf = torch.cat([positions[..., None].float() * frequencies for positions, frequencies in sections], -1)
         angles_btd = torch.cat((freqs_btf, freqs_btf), dim=-1)
         cos, sin = angles_btd.cos() * self.attention_scaling, angles_btd.sin() * self.attention_scaling
         return cos.to(x.dtype), sin.to(x.dtype)
 
 
-class Qwen2_5_VL_MergeTextModel(Qwen3Model):
-    """Qwen3's decoder with `position_ids` of (3, batch, tokens); (batch, tokens) and None mean what they mean there."""
+class MRopeDecoder:
+    """In front of one of transformers' decoders: `position_ids` of (3, batch, tokens), and packed samples.
 
-    config_class = Qwen2_5_VL_MergeTextConfig
+    Positions of (batch, tokens) and None mean what they mean there.
+    """
 
-    def __init__(self, config: Qwen2_5_VL_MergeTextConfig):
-        super().__init__(config)
-        self.rotary_emb = Qwen2_5_VL_MergeRotaryEmbedding(config)
-        if config._attn_implementation == "sdpa":  # masks are still made, or left out, as for sdpa
-            layer_config = copy.copy(config)
+    config: Any
+    layers: Any
+
+    def prepare(self, mrope_section: list[int] | None) -> None:
+        """To be called when the decoder has been built; without sections its own rotary embedding stays."""
+        if mrope_section is not None:
+            self.rotary_emb = Qwen2_5_VL_MergeRotaryEmbedding(self.config, mrope_section=mrope_section)
+        if self.config._attn_implementation == "sdpa":  # masks are still made, or left out, as for sdpa
+            layer_config = copy.copy(self.config)
             layer_config._attn_implementation_internal = "packed_sdpa"
             for layer in self.layers:
                 layer.self_attn.config = layer_config
@@ -150,14 +163,26 @@ class Qwen2_5_VL_MergeTextModel(Qwen3Model):
         kwargs.update(packing)
         if packing and self.config._attn_implementation == "sdpa":
             kwargs["samples"] = Samples(packing["cu_seq_lens_q"], _KNOWN.get().get("samples"))
+        if position_ids is not None and position_ids.ndim == 3 and not hasattr(self.rotary_emb, "mrope_section"):
+            position_ids = position_ids[0]
         if position_ids is None or position_ids.ndim == 2:
-            return super().forward(*args, position_ids=position_ids, **kwargs)
+            return super().forward(*args, position_ids=position_ids, **kwargs)  # type: ignore[misc]
         # transformers 4.57: `generate` puts the text's positions, a fourth row, before time, height and width.
         token = _MROPE_POSITIONS.set(position_ids[-3:])
         try:
-            return super().forward(*args, **kwargs)
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
         finally:
             _MROPE_POSITIONS.reset(token)
+
+
+class Qwen2_5_VL_MergeTextModel(MRopeDecoder, Qwen3Model):
+    """Qwen3's decoder with M-RoPE's positions."""
+
+    config_class = Qwen2_5_VL_MergeTextConfig
+
+    def __init__(self, config: Qwen2_5_VL_MergeTextConfig):
+        super().__init__(config)
+        self.prepare(config.rope_scaling["mrope_section"])
 
 
 class Qwen2_5_VL_MergePreTrainedModel(Qwen2_5_VLPreTrainedModel):
@@ -218,6 +243,14 @@ class Qwen2_5_VL_MergeModel(Qwen2_5_VL_MergePreTrainedModel, Qwen2_5_VLModel):
             **kwargs,
         )
 
+    def picture_features(self, patches: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
+        """Patches of pictures and videos, and their grids (pictures, 3) -> (tokens, LLM width)."""
+        return self.visual(patches, grid_thw=grids)
+
+    def count_features(self, patches: torch.Tensor, grids: torch.Tensor) -> int:
+        """How many tokens they have."""
+        return len(patches) // self.visual.spatial_merge_unit
+
     def _embed(self, input_ids: torch.Tensor, kinds: list[tuple]) -> torch.Tensor:
         """(batch, tokens, width) of `input_ids`; of each kind's patches, grids and token the features in its places."""
         embeddings = self.get_input_embeddings()(input_ids)
@@ -227,11 +260,11 @@ class Qwen2_5_VL_MergeModel(Qwen2_5_VL_MergePreTrainedModel, Qwen2_5_VLModel):
         known = _KNOWN.get()
         if "grids" in known:
             grids = torch.tensor(known["grids"])
-        features = self.visual(patches.type(self.visual.dtype), grid_thw=grids)
+        features = self.picture_features(patches.type(self.visual.dtype), grids)
         places = known.get("features")
         if places is None:
             found = [(input_ids.flatten() == token).nonzero().squeeze(1) for *_, token in kinds]
-            tokens, wanted = ([*map(len, found)], [len(kind[0]) // self.visual.spatial_merge_unit for kind in kinds])
+            tokens, wanted = [*map(len, found)], [self.count_features(*kind[:2]) for kind in kinds]
             if tokens != wanted:
                 raise ValueError(f"Image features and image tokens do not match: tokens: {tokens}, features {wanted}")
             places = torch.cat(found)
@@ -287,7 +320,7 @@ class Qwen2_5_VL_MergeForConditionalGeneration(Qwen2_5_VL_MergePreTrainedModel, 
         self.loss_type = "ForCausalLM"  # transformers guesses it from the class's name, and warns where it cannot
         # A trainer that resumes calls `load_state_dict` with the names of the disk; without this it would load
         # nothing and go on from the base weights.
-        self.register_load_state_dict_pre_hook(_names_of_memory)
+        self.register_load_state_dict_pre_hook(names_of_memory)
         self.post_init()
 
     def compile_blocks(self, **options) -> None:
@@ -342,16 +375,16 @@ class Qwen2_5_VL_MergeForConditionalGeneration(Qwen2_5_VL_MergePreTrainedModel, 
 
 def disk_name(name: str) -> str:
     """The name on the disk (`visual.*`, `model.*`) of a tensor named as in memory or as on the disk."""
-    return re.sub(r"^model\.(?:(visual)|language_model)\.", lambda m: f"{m[1] or 'model'}.", name)
+    return re.sub(r"^model\.(?:(visual|projector)|language_model)\.", lambda m: f"{m[1] or 'model'}.", name)
 
 
 def memory_name(name: str) -> str:
     """The name in memory (`model.visual.*`, `model.language_model.*`) of a tensor named either way."""
-    prefixes = {"visual.": "model.visual.", "model.": "model.language_model."}
-    return re.sub(r"^(?:visual|model)\.", lambda m: prefixes[m[0]], disk_name(name))
+    prefixes = {"visual.": "model.visual.", "projector.": "model.projector.", "model.": "model.language_model."}
+    return re.sub(r"^(?:visual|projector|model)\.", lambda m: prefixes[m[0]], disk_name(name))
 
 
-def _names_of_memory(module, state_dict: dict, prefix: str, *_) -> None:
+def names_of_memory(module, state_dict: dict, prefix: str, *_) -> None:
     for name in [name for name in state_dict if name.startswith(prefix)]:
         state_dict[prefix + memory_name(name[len(prefix) :])] = state_dict.pop(name)
 

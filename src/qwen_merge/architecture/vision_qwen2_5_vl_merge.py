@@ -139,9 +139,13 @@ class Qwen2_5_VL_MergeVisionTransformer(Qwen2_5_VisionTransformerPretrainedModel
 
     def __init__(self, config: Qwen2_5_VL_MergeVisionConfig, *inputs, **kwargs):
         super().__init__(config, *inputs, **kwargs)
-        self.merger = Qwen2_5_VL_MergePatchMerger(config)
+        self.merger = self.make_merger(config)
         if config._attn_implementation == "sdpa":
             self.blocks = nn.ModuleList([Qwen2_5_VL_MergeVisionBlock(config) for _ in range(config.depth)])
+
+    def make_merger(self, config) -> nn.Module:
+        """What follows the blocks: (patches, width), a unit's patches side by side -> (units, any width)."""
+        return Qwen2_5_VL_MergePatchMerger(config)
 
     def compile_blocks(self, **options) -> None:
         """torch.compile for what stands around the attention of all blocks, with `options`; sdpa only.

@@ -47,6 +47,22 @@ def gather(vlm: Source, llm: Source, overrides: Mapping[str, bytes]) -> Companio
     Raises:
         UserError: no tokenizer or preprocessor where one is expected.
     """
+    companions = of_the_llm(llm, overrides)
+    _set_preprocessors(companions.files, vlm, overrides)
+    for name in sorted(companions.files):
+        if name.endswith(".json") and name != "tokenizer.json":  # that was read for its tokens, and may be large
+            _decode(companions.files[name], name)
+    for path in CODE_FILES:
+        companions.files[path.name] = path.read_bytes()
+    return companions
+
+
+def of_the_llm(llm: Source, overrides: Mapping[str, bytes]) -> Companions:
+    """Tokenizer, chat template and generation settings.
+
+    Raises:
+        UserError: no tokenizer where one is expected.
+    """
     notes: list[str] = []
     files = {name: llm.path(name).read_bytes() for name in TOKENIZER_FILES if llm.has(name)}
     files.update({name: content for name, content in overrides.items() if name in TOKENIZER_FILES})
@@ -57,7 +73,6 @@ def gather(vlm: Source, llm: Source, overrides: Mapping[str, bytes]) -> Companio
         )
     token_ids = added_token_ids(files)
     _set_chat_template(files, overrides)
-    _set_preprocessors(files, vlm, overrides)
     if GENERATION in overrides:
         files[GENERATION] = overrides[GENERATION]
     elif llm.has(GENERATION):
@@ -65,13 +80,8 @@ def gather(vlm: Source, llm: Source, overrides: Mapping[str, bytes]) -> Companio
     else:
         config = llm.read_json("config.json")
         known = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in config}
-        files[GENERATION] = _encode(known)
+        files[GENERATION] = encode(known)
         notes.append(f"the LLM has no {GENERATION}: wrote one with its token ids only, so generation is greedy")
-    for name in sorted(files):
-        if name.endswith(".json") and name != "tokenizer.json":  # that was read for its tokens, and may be large
-            _decode(files[name], name)
-    for path in CODE_FILES:
-        files[path.name] = path.read_bytes()
     return Companions(files, sorted(overrides), token_ids, notes)
 
 
@@ -121,7 +131,7 @@ def _set_chat_template(files: dict[str, bytes], overrides: Mapping[str, bytes]) 
     files[CHAT_TEMPLATE] = template.encode()
     tokenizer_config["chat_template"] = template
     tokenizer_config.pop("auto_map", None)
-    files["tokenizer_config.json"] = _encode(tokenizer_config)
+    files["tokenizer_config.json"] = encode(tokenizer_config)
 
 
 def _set_preprocessors(files: dict[str, bytes], vlm: Source, overrides: Mapping[str, bytes]) -> None:
@@ -134,7 +144,7 @@ def _set_preprocessors(files: dict[str, bytes], vlm: Source, overrides: Mapping[
         image["processor_class"] = "Qwen2_5_VLProcessor"
         image["image_processor_type"] = "Qwen2VLImageProcessor"
         image["video_processor_type"] = "Qwen2VLVideoProcessor"
-        files[PREPROCESSOR] = _encode(image)
+        files[PREPROCESSOR] = encode(image)
     if VIDEO_PREPROCESSOR in overrides:
         files[VIDEO_PREPROCESSOR] = overrides[VIDEO_PREPROCESSOR]
         return
@@ -142,7 +152,7 @@ def _set_preprocessors(files: dict[str, bytes], vlm: Source, overrides: Mapping[
     video.pop("image_processor_type", None)
     video["processor_class"] = "Qwen2_5_VLProcessor"
     video["video_processor_type"] = "Qwen2VLVideoProcessor"
-    files[VIDEO_PREPROCESSOR] = _encode(video)
+    files[VIDEO_PREPROCESSOR] = encode(video)
 
 
 def patch_problems(files: dict[str, bytes], vision_config: dict) -> list[str]:
@@ -201,5 +211,5 @@ def _decode(content: bytes, name: str) -> dict:
     return decoded
 
 
-def _encode(content: dict) -> bytes:
+def encode(content: dict) -> bytes:
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

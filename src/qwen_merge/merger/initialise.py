@@ -1,7 +1,7 @@
-"""The new projector layer: weight N(0, 0.02), bias 0, the same bytes for the same seed wherever it runs.
+"""New tensors: weights N(0, 0.02), biases 0, norms 1; the same bytes for the same seed wherever it runs.
 
 numpy's legacy generator over Philox is used because its stream is frozen by numpy's compatibility policy (NEP 19);
-torch's differs between versions and devices. The seed is Philox's key.
+torch's differs between versions and devices. The seed is the lower half of Philox's key, a tensor's stream the upper.
 """
 
 from collections.abc import Iterator
@@ -21,8 +21,9 @@ def initial_bytes(tensor: PlannedTensor, seed: int) -> Iterator[bytes]:
     from qwen_merge.merger.convert import from_float32
 
     elements = prod(tensor.shape)
-    random = None if tensor.name.endswith(".bias") else np.random.RandomState(np.random.Philox(key=seed))
+    constant = 1.0 if tensor.stream is None else 0.0 if tensor.name.endswith("bias") else None
+    random = np.random.RandomState(np.random.Philox(key=seed | (tensor.stream or 0) << 64))
     for start in range(0, elements, CHUNK):
         count = min(CHUNK, elements - start)
-        values = np.zeros(count) if random is None else random.standard_normal(count) * STANDARD_DEVIATION
+        values = random.standard_normal(count) * STANDARD_DEVIATION if constant is None else np.full(count, constant)
         yield from_float32(values.astype(np.float32), tensor.dtype)

@@ -118,12 +118,17 @@ def merge(options: MergeOptions) -> MergeReport:
             )
     overrides = companion_files.read_materials(options.materials)
     ready = prepare(vlm, llm, overrides, options.rope, options.dtype)
+    return write(output, ready, options.seed, max_shard_bytes, started)
+
+
+def write(output: Path, ready: Prepared, seed: int, max_shard_bytes: int, started: float) -> MergeReport:
+    """Write what was planned; it appears at `output` complete or not at all. started: `time.monotonic()` back then."""
     shards = split_shards(ready.plan.tensors, max_shard_bytes)
     nbytes = sum(shard.nbytes for shard in shards)
     check_space(output, nbytes + sum(map(len, ready.companions.files.values())) + SPARE_BYTES)
 
     with staged(output) as staging:
-        _write_weights(staging, shards, ready, options.seed)
+        _write_weights(staging, shards, ready, seed)
         files = dict(ready.companions.files)
         files["config.json"] = (json.dumps(ready.plan.config, indent=2, ensure_ascii=False) + "\n").encode()
         index = index_json(shards)
@@ -214,7 +219,7 @@ def _manifest(
         "new_layer": {"seed": seed, "standard_deviation": STANDARD_DEVIATION, "generator": GENERATOR},
         "options": {
             "dtype": _converted_to(plan),
-            "mrope_section": plan.config["rope_scaling"]["mrope_section"],
+            "mrope_section": (plan.config.get("rope_scaling") or plan.config)["mrope_section"],
         },
         "overridden_by_materials": {
             name: hashlib.sha256(ready.companions.files[name]).hexdigest() for name in ready.companions.overridden

@@ -24,7 +24,10 @@ SHOWN = 10  # problems of one kind that are spelled out
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One tensor of the result. `stored` is None for what is initialised."""
+    """One tensor of the result. `stored` is None for what is initialised.
+
+    stream: which of the seed's streams of random numbers it is drawn from; None: it is all ones.
+    """
 
     name: str
     dtype: str
@@ -32,6 +35,7 @@ class PlannedTensor:
     origin: str  # "vlm", "llm" or "new"
     source_name: str | None = None
     stored: StoredTensor | None = None
+    stream: int | None = 0
 
     @property
     def nbytes(self) -> int:
@@ -92,7 +96,7 @@ def merge_plan(
         raise UserError.from_list("the tensors of these checkpoints do not fit:", fates.problems)
 
     plan = MergePlan(merged.config, tensors, {role: dict(count) for role, count in fates.dropped.items()}, merged.notes)
-    _settle_dtype(plan)
+    settle_dtype(plan)
     return plan
 
 
@@ -185,7 +189,7 @@ def _position(tensor: PlannedTensor) -> tuple[str, int]:
     return tensor.stored.file, tensor.stored.start
 
 
-def _settle_dtype(plan: MergePlan) -> None:
+def settle_dtype(plan: MergePlan) -> None:
     """`torch_dtype` is what most of the bytes are written in: the text tower's. Say so when the sources differ."""
     names = {stored: library for library, stored in READABLE.items()}
     nbytes: Counter[str] = Counter()

@@ -1,0 +1,200 @@
+"""Configuration of a graft: any vision tower, a projector and any of Qwen's LLMs (`qwen-merge graft`).
+
+On the disk and in memory three parts stand side by side, each as its source has it: `vision_config` and `text_config`
+with their own `model_type`, `projector_config` with a `kind`. Qwen2.5-VL's tower with the extended projector before a
+dense Qwen3 is not written in this form: it is `qwen2_5_vl_merge`, byte for byte as the merger of step 1 makes it.
+"""
+
+import shutil
+from collections.abc import Callable, Collection
+from math import lcm
+from pathlib import Path
+from typing import Any
+
+from transformers.configuration_utils import PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
+
+# Towers that take any grid of patches; the others take pictures as a whole. The Auto classes know only whole models
+# under these names.
+NATIVE_TOWERS = {"qwen2_vl": Qwen2VLVisionConfig, "qwen2_5_vl": Qwen2_5_VLVisionConfig}
+PICTURE_TOWERS = ("clip_vision_model", "siglip_vision_model", "dinov2", "dinov2_with_registers")
+LLMS = ("qwen3", "qwen3_moe", "qwen2")
+PROJECTORS = ("extended", "patch_merger", "linear", "mlp", "resampler")
+POSITIONS = ("mrope", "1d")
+QUERIES = 256  # of a resampler, as in Qwen-VL
+
+_STEM = "qwen_merge_graft"
+CODE = tuple(f"{part}_{_STEM}" for part in ("configuration", "towers", "projectors", "modeling", "processing")) + tuple(
+    f"{part}_qwen2_5_vl_merge" for part in ("configuration", "vision", "modeling")
+)
+_FOR_GENERATION = f"modeling_{_STEM}.QwenMergeGraftForConditionalGeneration"
+AUTO_MAP = {
+    "AutoConfig": f"configuration_{_STEM}.QwenMergeGraftConfig",
+    "AutoModel": f"modeling_{_STEM}.QwenMergeGraftModel",
+    "AutoModelForImageTextToText": _FOR_GENERATION,
+    "AutoModelForVision2Seq": _FOR_GENERATION,
+    "AutoModelForCausalLM": _FOR_GENERATION,
+}
+
+
+def vision_config_of(values: dict[str, Any]) -> PretrainedConfig:
+    """The configuration of a tower.
+
+    Raises:
+        ValueError: no tower of that `model_type` is known.
+    """
+    kind = values.get("model_type")
+    _check("vision_config's model_type", kind, (*NATIVE_TOWERS, *PICTURE_TOWERS))
+    if kind in NATIVE_TOWERS:
+        return NATIVE_TOWERS[kind](**values)
+    return CONFIG_MAPPING[kind](**{name: value for name, value in values.items() if name != "model_type"})
+
+
+def text_config_of(values: dict[str, Any]) -> PretrainedConfig:
+    """The configuration of an LLM.
+
+    Raises:
+        ValueError: no LLM of that `model_type` is known.
+    """
+    _check("text_config's model_type", values.get("model_type"), LLMS)
+    return CONFIG_MAPPING[values["model_type"]](**{name: v for name, v in values.items() if name != "model_type"})
+
+
+def _config_of(part: "dict | PretrainedConfig", make: Callable[[dict[str, Any]], PretrainedConfig]) -> PretrainedConfig:
+    return make(part) if isinstance(part, dict) else part
+
+
+def _check(name: str, value: object, known: Collection[object]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(str, known))}")
+
+
+class QwenMergeGraftConfig(PretrainedConfig):
+    """A vision tower, a projector, an LLM, and how their tokens are numbered.
+
+    What the LLM's configuration has can be read here as well (`config.hidden_size`).
+
+    Args:
+        vision_config: the tower's own fields, `model_type` among them.
+        projector_config: `kind`, one of `PROJECTORS`, and its settings: `merge_size` (patches on a token's side),
+            `hidden_size` (mlp), `queries` and `heads` (resampler), `out_hidden_size` (extended).
+        text_config: the LLM's own fields, `model_type` among them.
+        positions: "mrope": rotary positions with a time, a height and a width; "1d": as a text has.
+        mrope_section: their shares of half of `head_dim`; a time of 0 leaves height and width.
+        vision_feature_layer: which layer's output is taken of a tower that takes whole pictures (-1: its result).
+        freeze_vision: the tower is made without gradients; a trainer may give them back.
+        image_token_id, video_token_id, vision_start_token_id, vision_end_token_id: as the tokenizer numbers them.
+
+    Raises:
+        ValueError: unknown kinds, or sections that do not add up.
+    """
+
+    model_type = "qwen_merge_graft"
+    sub_configs = {"vision_config": PretrainedConfig, "text_config": PretrainedConfig}
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    def __init__(
+        self,
+        vision_config: "dict | PretrainedConfig | None" = None,
+        projector_config: dict | None = None,
+        text_config: "dict | PretrainedConfig | None" = None,
+        positions: str = "mrope",
+        mrope_section: list[int] | None = None,
+        vision_feature_layer: int = -1,
+        freeze_vision: bool = True,
+        image_token_id: int = 151655,
+        video_token_id: int = 151656,
+        vision_start_token_id: int = 151652,
+        vision_end_token_id: int = 151653,
+        **kwargs,
+    ):
+        self.vision_config = _config_of(vision_config or {"model_type": "qwen2_5_vl"}, vision_config_of)
+        self.text_config = text = _config_of(text_config or {"model_type": "qwen3"}, text_config_of)
+        self.projector_config = dict(projector_config or {"kind": "patch_merger", "merge_size": 2})
+        _check("projector_config's kind", self.projector_config.get("kind"), PROJECTORS)
+        _check("positions", positions, POSITIONS)
+        self.positions, self.vision_feature_layer = positions, vision_feature_layer
+        self.freeze_vision = freeze_vision
+        self.mrope_section = mrope_section
+        if positions == "mrope":
+            self.mrope_section = sections_of(text, mrope_section)
+        self.image_token_id, self.video_token_id = image_token_id, video_token_id
+        self.vision_start_token_id, self.vision_end_token_id = vision_start_token_id, vision_end_token_id
+        kwargs.pop("tie_word_embeddings", None)  # the LLM's word
+        super().__init__(tie_word_embeddings=text.tie_word_embeddings, **kwargs)
+        self.auto_map = dict(AUTO_MAP)
+
+    def __getattr__(self, name: str):
+        # Reached only for what the top level itself does not have.
+        if not name.startswith("_") and "text_config" in self.__dict__:
+            return getattr(self.text_config, name)
+        raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+
+    @property
+    def is_native(self) -> bool:
+        """Whether the tower takes any grid of patches."""
+        return self.vision_config.model_type in NATIVE_TOWERS
+
+    @property
+    def vision_width(self) -> int:
+        """Of the tower's features."""
+        return (
+            self.vision_config.embed_dim
+            if self.vision_config.model_type == "qwen2_vl"
+            else self.vision_config.hidden_size
+        )
+
+    @property
+    def frames(self) -> int:
+        """Frames in a patch."""
+        return self.vision_config.temporal_patch_size if self.is_native else 1
+
+    @property
+    def merge_size(self) -> int:
+        """Patches on the side of a token; 1 where tokens and patches are not laid out alike (resampler)."""
+        return self.projector_config.get("merge_size", 1)
+
+    @property
+    def factor(self) -> int:
+        """Patches whose multiples the sides of a picture must have."""
+        return lcm(self.merge_size, self.vision_config.spatial_merge_size if self.is_native else 1)
+
+    def tokens(self, grid: "list[int] | tuple[int, int, int]") -> int:
+        """How many tokens a picture of `grid` (frames, rows and columns of patches) has."""
+        time, rows, columns = grid
+        if self.projector_config["kind"] == "resampler":
+            return time * self.projector_config.get("queries", QUERIES)
+        return time * (rows // self.merge_size) * (columns // self.merge_size)
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
+        """Write `config.json`, and beside it the code that its `auto_map` names, and what that code imports."""
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        for module in CODE:
+            source, target = Path(__file__).with_name(f"{module}.py"), Path(save_directory, f"{module}.py")
+            if source.exists() and not (target.exists() and target.samefile(source)):
+                target.unlink(missing_ok=True)  # it may be a link into a cache
+                shutil.copyfile(source, target)
+
+
+def head_dim_of(text: PretrainedConfig) -> int:
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def sections_of(text: PretrainedConfig, sections: list[int] | None) -> list[int]:
+    """`sections`, or Qwen2.5-VL's proportions (16, 24, 24 of a head_dim of 128).
+
+    Raises:
+        ValueError: they do not add up to half of head_dim.
+    """
+    half = head_dim_of(text) // 2
+    if sections is None:
+        side = (half - half // 4) // 2
+        return [half - 2 * side, side, side]
+    if len(sections) != 3 or sum(sections) != half or min(sections) < 0:
+        raise ValueError(f"mrope_section is {sections}; time, height and width must add up to head_dim / 2 = {half}")
+    return list(sections)
+
+
+__all__ = ["QwenMergeGraftConfig"]

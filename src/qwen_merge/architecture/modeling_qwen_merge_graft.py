@@ -1,0 +1,144 @@
+"""A graft: one of several vision towers, a projector, one of Qwen's LLMs. `qwen-merge graft` makes its checkpoints.
+
+What `qwen2_5_vl_merge` can do is inherited: packed rows, a loss without logits, both spellings of the names. Different
+are the parts (`visual`, `projector`, `language_model`) and how tokens are numbered (`positions`).
+
+On the disk the tensors are named `visual.*`, `projector.*`, `model.*` and `lm_head.weight`.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel, Qwen2_5_VLPreTrainedModel
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeModel
+
+# Of a checkpoint's own code transformers copies what this file names and looks for what those files name, so all of it
+# is named here.
+from .configuration_qwen2_5_vl_merge import Qwen2_5_VL_MergeConfig  # noqa: F401
+from .configuration_qwen_merge_graft import QwenMergeGraftConfig
+from .modeling_qwen2_5_vl_merge import (
+    MRopeDecoder,
+    Qwen2_5_VL_MergeForConditionalGeneration,
+    Qwen2_5_VL_MergeHead,
+    Qwen2_5_VL_MergeModel,
+    Qwen2_5_VL_MergePreTrainedModel,
+    names_of_memory,
+)
+from .projectors_qwen_merge_graft import projector_of
+from .towers_qwen_merge_graft import features_of, tower_of
+from .vision_qwen2_5_vl_merge import Qwen2_5_VL_MergeVisionTransformer  # noqa: F401
+
+
+class GraftQwen3Model(MRopeDecoder, Qwen3Model):
+    pass
+
+
+class GraftQwen3MoeModel(MRopeDecoder, Qwen3MoeModel):
+    pass
+
+
+class GraftQwen2Model(MRopeDecoder, Qwen2Model):
+    pass
+
+
+DECODERS: dict[str, Any] = {"qwen3": GraftQwen3Model, "qwen3_moe": GraftQwen3MoeModel, "qwen2": GraftQwen2Model}
+
+
+def decoder_of(config: QwenMergeGraftConfig) -> torch.nn.Module:
+    decoder = DECODERS[config.text_config.model_type]._from_config(config.text_config)
+    decoder.prepare(config.mrope_section if config.positions == "mrope" else None)
+    return decoder
+
+
+class QwenMergeGraftPreTrainedModel(Qwen2_5_VL_MergePreTrainedModel):
+    config_class = QwenMergeGraftConfig  # type: ignore[assignment]
+    _no_split_modules = [
+        "Qwen3DecoderLayer", "Qwen3MoeDecoderLayer", "Qwen2DecoderLayer", "Qwen2_5_VL_MergeVisionBlock",
+        "Qwen2_5_VLVisionBlock", "Qwen2VLVisionBlock", "CLIPEncoderLayer", "SiglipEncoderLayer", "Dinov2Layer",
+        "Dinov2WithRegistersLayer",
+    ]  # fmt: skip
+
+    @classmethod
+    def from_pretrained(cls, *arguments, key_mapping: dict[str, str] | None = None, **options):
+        """transformers 4.52 maps the names of a checkpoint for a list of classes only, in which this one is not."""
+        mapping = cls._checkpoint_conversion_mapping if key_mapping is None else key_mapping
+        return super().from_pretrained(*arguments, key_mapping=mapping, **options)
+
+
+class QwenMergeGraftModel(QwenMergeGraftPreTrainedModel, Qwen2_5_VL_MergeModel):
+    """Tower, projector and decoder without a head."""
+
+    _checkpoint_conversion_mapping = {
+        r"^model\.(visual|projector)": r"\1",
+        r"^model(\.language_model|)": "language_model",
+    }
+
+    def __init__(self, config: QwenMergeGraftConfig):
+        Qwen2_5_VLPreTrainedModel.__init__(self, config)
+        self.visual = tower_of(config)
+        self.projector = projector_of(config)
+        self.language_model = decoder_of(config)
+        self.rope_deltas = None
+        self.post_init()
+        if config.freeze_vision:
+            self.visual.requires_grad_(False)
+
+    def picture_features(self, patches: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
+        """Towers that take whole pictures see the frames of a video one after the other."""
+        of_each = [tuple(grid) for grid in grids.tolist()]
+        trained = any(parameter.requires_grad for parameter in self.visual.parameters())
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+            features = features_of(self.visual, patches, of_each, self.config)
+        return self.projector(features, of_each)
+
+    def count_features(self, patches: torch.Tensor, grids: torch.Tensor) -> int:
+        return sum(self.config.tokens(grid) for grid in grids.tolist())
+
+    def get_image_features(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> torch.Tensor:
+        """Patches and grids of all pictures -> their tokens, (tokens, LLM width)."""
+        return self.picture_features(pixel_values.type(self.visual.dtype), image_grid_thw)
+
+    def get_video_features(self, pixel_values_videos: torch.Tensor, video_grid_thw: torch.Tensor) -> torch.Tensor:
+        return self.get_image_features(pixel_values_videos, video_grid_thw)
+
+    def get_rope_index(
+        self, input_ids=None, image_grid_thw=None, video_grid_thw=None, second_per_grid_ts=None, attention_mask=None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions (3, batch, tokens), and what is to be added to a token's number behind the prompt (batch, 1).
+
+        Qwen2.5-VL's own for tokens that lie on a grid under M-RoPE; a text's for the others, three times the same.
+        """
+        vision = SimpleNamespace(
+            spatial_merge_size=self.config.merge_size,
+            tokens_per_second=getattr(self.config.vision_config, "tokens_per_second", 1),
+        )
+        tokens = ("image_token_id", "video_token_id", "vision_start_token_id")
+        names = {name: getattr(self.config, name) for name in tokens}
+        asked = SimpleNamespace(config=SimpleNamespace(vision_config=vision, **names))
+        grids = (image_grid_thw, video_grid_thw, second_per_grid_ts)
+        if self.config.positions == "1d" or self.config.projector_config["kind"] == "resampler":
+            grids = (None, None, None)
+        return Qwen2_5_VLModel.get_rope_index(asked, input_ids, *grids, attention_mask)
+
+
+class QwenMergeGraftForConditionalGeneration(QwenMergeGraftPreTrainedModel, Qwen2_5_VL_MergeForConditionalGeneration):
+    """The model that is trained and asked."""
+
+    _checkpoint_conversion_mapping = {
+        r"^(visual|projector)": r"model.\1",
+        r"^model(?!\.(language_model|visual|projector))": "model.language_model",
+    }
+
+    def __init__(self, config: QwenMergeGraftConfig):
+        Qwen2_5_VLPreTrainedModel.__init__(self, config)
+        self.model = QwenMergeGraftModel(config)
+        self.lm_head = Qwen2_5_VL_MergeHead(config.hidden_size, config.vocab_size, bias=False)
+        self.loss_type = "ForCausalLM"
+        self.register_load_state_dict_pre_hook(names_of_memory)
+        self.post_init()
+
+
+__all__ = ["QwenMergeGraftForConditionalGeneration", "QwenMergeGraftModel", "QwenMergeGraftPreTrainedModel"]

@@ -1,0 +1,95 @@
+"""Vision towers of a graft, each transformers' own, behind one way of asking for features.
+
+Pictures arrive as Qwen's do: the patches of all of them in one row, (patches, channels * frames * side * side), with
+their grids, (pictures, 3). Here the patches of a picture come row by row. What is given back are the tower's features
+before any projector, (patches, tower width), in the same order.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
+
+from .configuration_qwen_merge_graft import QwenMergeGraftConfig
+from .projectors_qwen_merge_graft import Grids, in_rows, in_units
+from .vision_qwen2_5_vl_merge import Qwen2_5_VL_MergeVisionTransformer
+
+
+class AsUnits(nn.Module):
+    """In place of a patch merger: the patches of a unit side by side, (patches, width) -> (units, unit * width)."""
+
+    def __init__(self, unit: int):
+        super().__init__()
+        self.unit = unit
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states.unflatten(0, (-1, self.unit)).flatten(1)
+
+
+class GraftQwen2_5_VisionTransformer(Qwen2_5_VL_MergeVisionTransformer):
+    """Qwen2.5-VL's tower without its patch merger."""
+
+    def make_merger(self, config) -> nn.Module:
+        return AsUnits(config.spatial_merge_size**2)
+
+
+class GraftQwen2VisionTransformer(Qwen2VisionTransformerPretrainedModel):
+    """Qwen2-VL's tower without its patch merger."""
+
+    def __init__(self, config, *inputs, **kwargs):
+        super().__init__(config, *inputs, **kwargs)
+        self.merger = AsUnits(config.spatial_merge_size**2)
+
+
+def tower_of(config: QwenMergeGraftConfig) -> nn.Module:
+    vision = config.vision_config
+    native: dict[str, Any] = {"qwen2_vl": GraftQwen2VisionTransformer, "qwen2_5_vl": GraftQwen2_5_VisionTransformer}
+    if vision.model_type in native:
+        return native[vision.model_type]._from_config(vision)
+    if vision.model_type == "siglip_vision_model":
+        vision.vision_use_head = False  # it pools; nothing asks for one vector
+    return AutoModel.from_config(vision)
+
+
+def features_of(tower: nn.Module, patches: torch.Tensor, grids: Grids, config: QwenMergeGraftConfig) -> torch.Tensor:
+    """(patches, channels * frames * side * side) -> (patches, tower width), both row by row.
+
+    Raises:
+        ValueError: a grid that this tower or projector cannot take.
+    """
+    for grid in grids:
+        if grid[1] % config.factor or grid[2] % config.factor:
+            raise ValueError(f"a picture has {grid[1]} x {grid[2]} patches; expected multiples of {config.factor}")
+    if config.is_native:
+        side = config.vision_config.spatial_merge_size
+        device = patches.device
+        units = tower(in_units(patches, grids, side), torch.tensor(grids, device=device))
+        return in_rows(units.unflatten(1, (side**2, -1)).flatten(0, 1), grids, side)
+    return _of_pictures(tower, patches, grids, config)
+
+
+def _of_pictures(tower: nn.Module, patches: torch.Tensor, grids: Grids, config: QwenMergeGraftConfig) -> torch.Tensor:
+    """Pictures of one size go through the tower as one batch; class and register tokens are left behind."""
+    vision, layer = config.vision_config, config.vision_feature_layer
+    side, channels = vision.patch_size, vision.num_channels
+    pictures = patches.split([t * r * c for t, r, c in grids])
+    outputs: list[torch.Tensor | None] = [None] * len(grids)
+    for grid in dict.fromkeys(grids):
+        numbers = [number for number, other in enumerate(grids) if other == grid]
+        _, rows, columns = grid
+        squares = torch.stack([pictures[number] for number in numbers]).unflatten(2, (channels, side, side))
+        pixels = squares.unflatten(1, (rows, columns)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+        own = vision.image_size // side
+        extra = (
+            {} if (rows, columns) == (own, own) or "dinov2" in vision.model_type else {"interpolate_pos_encoding": True}
+        )
+        output = tower(pixel_values=pixels, output_hidden_states=layer != -1, **extra)
+        states = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
+        for number, features in zip(numbers, states[:, states.shape[1] - rows * columns :], strict=True):
+            outputs[number] = features
+    return torch.cat([features for features in outputs if features is not None])
+
+
+__all__ = ["features_of", "tower_of"]

@@ -1,0 +1,1 @@
+"""Any vision tower, projector and LLM from one file: `qwen-merge graft FILE`."""

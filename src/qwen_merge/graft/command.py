@@ -1,0 +1,67 @@
+"""`qwen-merge graft`: its options, and what it prints. Imports nothing heavy at its top."""
+
+import argparse
+from pathlib import Path
+
+EPILOG = """\
+A file says which vision tower, projector and LLM are joined:
+
+  vision:    {source: google/siglip-so400m-patch14-384}   # also CLIP, DINOv2, Qwen2-VL, Qwen2.5-VL
+  projector: {kind: mlp, merge_size: 2}                   # extended, patch_merger, linear, mlp, resampler
+  llm:       {source: Qwen/Qwen3-4B}                      # Qwen3, Qwen3-MoE, Qwen2.5
+  positions: mrope                                        # mrope-2d, 1d
+  output:    my-vlm-base
+"""
+
+
+def add_parsers(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "graft",
+        help="join any vision tower, projector and LLM, as a file says",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("file", type=Path, help="what is joined, as YAML")
+    parser.add_argument("--plan", action="store_true", help="print what would be made; read headers, write nothing")
+    parser.add_argument(
+        "--picture",
+        type=picture_size,
+        default=(640, 480),
+        metavar="WIDTHxHEIGHT",
+        help="whose tokens --plan counts (default: 640x480)",
+    )
+    parser.set_defaults(run=run_graft)
+
+
+def picture_size(text: str) -> tuple[int, int]:
+    try:
+        width, height = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a size such as 640x480") from None
+    if min(width, height) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a size such as 640x480")
+    return width, height
+
+
+def run_graft(arguments: argparse.Namespace) -> int:
+    from qwen_merge.graft.make import make
+    from qwen_merge.graft.recipe import read
+
+    recipe = read(arguments.file)
+    if arguments.plan:
+        from qwen_merge.graft.show import show
+
+        show(recipe, arguments.picture)
+        return 0
+    report = make(recipe)
+    plan = report.plan
+    print(f"{report.output}")
+    print(f"  from the tower's checkpoint  {len(plan.of('vlm'))} tensors copied")
+    print(f"  from the LLM                 {len(plan.of('llm'))} tensors copied")
+    print(f"  initialised                  {len(plan.of('new'))} tensors (seed {recipe.seed})")
+    print(
+        f"  written                      {report.nbytes:,} bytes, {len(report.shards)} file(s), {report.seconds:.1f} s"
+    )
+    for note in plan.notes:
+        print(f"  note: {note}")
+    return 0

@@ -1,0 +1,166 @@
+"""`graft.yaml`: what is joined to what. Read and checked as a whole, before a source is opened.
+
+    vision:    {source: google/siglip-so400m-patch14-384}
+    projector: {kind: mlp, merge_size: 2}
+    llm:       {source: Qwen/Qwen3-4B}
+    positions: mrope
+    output:    my-vlm-base
+
+Every key but `source`, `kind` and `output` has a default; an unknown one is an error.
+"""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+
+from qwen_merge.errors import UserError
+
+KINDS = ("extended", "patch_merger", "linear", "mlp", "resampler")
+POSITIONS = ("mrope", "mrope-2d", "1d")
+# Settings of a projector beside its kind, and what each must be at least.
+SETTINGS: dict[str, dict[str, int]] = {
+    "extended": {},
+    "patch_merger": {"merge_size": 1},
+    "linear": {},
+    "mlp": {"merge_size": 1, "hidden_size": 1},
+    "resampler": {"queries": 1, "heads": 1},
+}
+
+
+@dataclass(frozen=True)
+class Vision:
+    """The tower. resolution: "native" any size, "fixed" the tower's own, "interpolated" any size for a fixed tower.
+
+    layer: whose output is taken (-1: the tower's result). frozen: it does not train unless a trainer says so.
+    """
+
+    source: str
+    revision: str | None = None
+    layer: int = -1
+    frozen: bool = True
+    resolution: str | None = None
+    min_pixels: int = 56 * 56
+    max_pixels: int = 512 * 512
+
+
+@dataclass(frozen=True)
+class LLM:
+    source: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """How the tokenizer spells what stands for pictures."""
+
+    image: str = "<|image_pad|>"
+    video: str = "<|video_pad|>"
+    vision_start: str = "<|vision_start|>"
+    vision_end: str = "<|vision_end|>"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole file. projector: `kind` and its settings."""
+
+    vision: Vision
+    projector: dict[str, Any]
+    llm: LLM
+    output: Path
+    positions: str = "mrope"
+    mrope_section: tuple[int, int, int] | None = None
+    tokens: Tokens = field(default_factory=Tokens)
+    seed: int = 42
+    max_shard_size: str = "5GB"
+
+
+def read(path: Path) -> Recipe:
+    """The recipe in a file.
+
+    Raises:
+        UserError: all that is wrong with it, in one message.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read as YAML: {error}") from None
+    problems: list[str] = []
+    recipe = _recipe(content, path, problems)
+    if recipe is None:
+        raise UserError.from_list(f"{path} is no graft that can be made:", problems)
+    return recipe
+
+
+def _recipe(content: Any, path: Path, problems: list[str]) -> Recipe | None:
+    if not isinstance(content, dict):
+        problems.append(f"it holds {type(content).__name__}; expected vision, projector, llm and output")
+        return None
+    known = [item.name for item in fields(Recipe)]
+    problems += [f"unknown key {name!r}; expected any of {', '.join(known)}" for name in content if name not in known]
+    vision = _part(Vision, content.get("vision"), "vision", problems)
+    llm = _part(LLM, content.get("llm"), "llm", problems)
+    tokens = _part(Tokens, content.get("tokens", {}), "tokens", problems)
+    projector = _projector(content.get("projector"), problems)
+    if not isinstance(content.get("output"), str):
+        problems.append(f"output is {content.get('output')!r}; expected the path of a new directory")
+    positions, section = content.get("positions", "mrope"), content.get("mrope_section")
+    if positions not in POSITIONS:
+        problems.append(f"positions is {positions!r}; expected one of {', '.join(POSITIONS)}")
+    if section is not None:
+        numbers = isinstance(section, list) and len(section) == 3 and all(type(n) is int and n >= 0 for n in section)
+        if not numbers or positions != "mrope":
+            problems.append(f"mrope_section is {section!r}; expected time, height and width, with positions: mrope")
+    seed, size = content.get("seed", 42), content.get("max_shard_size", "5GB")
+    if type(seed) is not int or not 0 <= seed < 2**64:
+        problems.append(f"seed is {seed!r}; expected a number from 0 to 2**64 - 1")
+    if vision is not None and vision.resolution not in (None, "native", "fixed", "interpolated"):
+        problems.append(f"vision.resolution is {vision.resolution!r}; expected native, fixed or interpolated")
+    if vision is not None and not 0 < vision.min_pixels <= vision.max_pixels:
+        problems.append(f"vision.min_pixels is {vision.min_pixels} and max_pixels {vision.max_pixels}")
+    if problems or vision is None or llm is None or tokens is None:
+        return None
+    section = tuple(section) if section is not None else None
+    return Recipe(vision, projector, llm, Path(content["output"]), positions, section, tokens, seed, str(size))
+
+
+def _part(kind: type, content: Any, name: str, problems: list[str]) -> Any:
+    """A section as its dataclass, or None when something is wrong with it."""
+    if not isinstance(content, dict):
+        problems.append(f"{name} is {content!r}; expected a section with {', '.join(f.name for f in fields(kind))}")
+        return None
+    known = {item.name: item for item in fields(kind)}
+    before = len(problems)
+    for key, value in content.items():
+        if key not in known:
+            problems.append(f"unknown key {name}.{key}; expected any of {', '.join(known)}")
+            continue
+        declared: Any = known[key].type
+        allowed = tuple(part for part in (get_args(declared) or (declared,)))
+        if type(value) not in allowed:
+            wanted = " or ".join("null" if part is type(None) else part.__name__ for part in allowed)
+            problems.append(f"{name}.{key} is {value!r}; expected {wanted}")
+    if "source" in known and "source" not in content:
+        problems.append(f"{name}.source is missing; expected a directory or a hub id")
+    return kind(**content) if len(problems) == before else None
+
+
+def _projector(content: Any, problems: list[str]) -> dict[str, Any]:
+    kind = content.get("kind") if isinstance(content, dict) else None
+    if kind not in KINDS:
+        problems.append(f"projector.kind is {kind!r}; expected one of {', '.join(KINDS)}")
+        return {}
+    settings = SETTINGS[kind]
+    for key, value in content.items():
+        if key == "kind":
+            continue
+        if key not in settings:
+            expected = f"any of {', '.join(settings)}" if settings else "none"
+            problems.append(f"unknown key projector.{key} for kind {kind}; expected {expected}")
+        elif type(value) is not int or value < settings[key]:
+            problems.append(f"projector.{key} is {value!r}; expected a whole number from {settings[key]} on")
+    queries = content.get("queries", 256)
+    if kind == "resampler" and type(queries) is int and round(queries**0.5) ** 2 != queries:
+        problems.append(f"projector.queries is {queries}; expected a square number, whose root lies on each side")
+    return dict(content)

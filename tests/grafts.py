@@ -1,0 +1,100 @@
+"""Tiny source checkpoints of every tower and LLM that a graft can be made of: real architectures, random weights.
+
+vision = make_tower(tmp_path / "siglip", "siglip")
+llm = make_language_model(tmp_path / "moe", "qwen3_moe")
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from checkpoints import LLM_CONFIG, VLM_CONFIG, make_llm, make_tokenizer, make_vlm, write_json
+
+TOWERS = ("qwen2_5_vl", "qwen2_vl", "clip", "siglip", "dinov2", "dinov2_with_registers")
+LLMS = ("qwen3", "qwen3_moe", "qwen2")
+PROJECTORS: dict[str, dict[str, Any]] = {
+    "extended": {},
+    "patch_merger": {},
+    "linear": {},
+    "mlp": {"merge_size": 2},
+    "resampler": {"queries": 16, "heads": 2},
+}
+SIZE = 56  # pixels on the side of a picture, for towers that take one size
+_VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 14, "image_size": SIZE}
+_TEXT = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20}
+PREPROCESSORS = {
+    "clip": {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": SIZE}, "crop_size": SIZE},
+    "siglip": {"image_processor_type": "SiglipImageProcessor", "size": {"height": SIZE, "width": SIZE}},
+    "dinov2": {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": SIZE}, "crop_size": SIZE},
+}
+
+
+def draw(model, seed: int) -> None:
+    """Every weight, norms and biases too: one that is left out or swapped then makes a difference."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            values = torch.randn(parameter.shape, generator=generator) * 0.05
+            parameter.copy_(values + float("norm" in name and name.endswith("weight")))
+
+
+def make_tower(folder: Path, kind: str, dtype: str = "float32") -> Path:
+    import transformers
+
+    if kind == "qwen2_5_vl":
+        return make_vlm(folder, dtype=dtype)
+    if kind == "qwen2_vl":
+        vision = {"depth": 2, "embed_dim": 32, "hidden_size": 48, "num_heads": 2, "mlp_ratio": 2}
+        text = {name: VLM_CONFIG[name] for name in ("intermediate_size", "num_hidden_layers", "vocab_size")}
+        text |= {"hidden_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1}
+        text["rope_scaling"] = {"type": "mrope", "mrope_section": [4, 4, 4]}
+        config = transformers.Qwen2VLConfig(**text, vision_config=vision, tie_word_embeddings=False)
+        model = transformers.Qwen2VLForConditionalGeneration(config)
+        preprocessor = {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 14, "merge_size": 2}
+    elif kind in ("clip", "siglip"):
+        name = {"clip": "CLIP", "siglip": "Siglip"}[kind]
+        vision, text = {**_VIT, "intermediate_size": 48}, {**_TEXT, "projection_dim": 16}
+        config = getattr(transformers, f"{name}Config")(vision_config=vision, text_config=text)
+        model = getattr(transformers, f"{name}Model")(config)
+        preprocessor = PREPROCESSORS[kind]
+    else:
+        name = {"dinov2": "Dinov2", "dinov2_with_registers": "Dinov2WithRegisters"}[kind]
+        model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**_VIT, mlp_ratio=2))
+        preprocessor = PREPROCESSORS["dinov2"]
+    draw(model, seed=len(kind))
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    write_json(folder / "preprocessor_config.json", preprocessor)
+    return folder
+
+
+def make_language_model(folder: Path, kind: str, tied: bool = False, dtype: str = "float32") -> Path:
+    import transformers
+
+    if kind == "qwen3":
+        return make_llm(folder, tied=tied, dtype=dtype)
+    shared = {name: value for name, value in LLM_CONFIG.items() if name not in ("architectures", "model_type")}
+    shared |= {"tie_word_embeddings": tied, "torch_dtype": dtype}
+    if kind == "qwen3_moe":
+        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+        model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**shared, **experts))
+    else:
+        del shared["head_dim"], shared["attention_bias"]
+        model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**shared))
+    draw(model, seed=7)
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    make_tokenizer(folder)
+    return folder
+
+
+def write_recipe(path: Path, tower: Path, kind: str, language_model: Path, output: Path, **values: Any) -> Path:
+    content = {
+        "vision": {"source": str(tower), **values.pop("vision", {})},
+        "projector": {"kind": kind, **PROJECTORS[kind], **values.pop("projector", {})},
+        "llm": {"source": str(language_model)},
+        "output": str(output),
+        **values,
+    }
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return path

@@ -1,0 +1,130 @@
+"""`graft.yaml` and `qwen-merge graft`: every mistake at once and before a byte is written; what --plan says is true."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+import grafts
+from qwen_merge import cli
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("recipes")
+    for kind in ("siglip", "qwen2_5_vl"):
+        grafts.make_tower(folder / kind, kind)
+    grafts.make_language_model(folder / "qwen3", "qwen3")
+    return folder
+
+
+def refused(capsys, file: Path, *texts: str) -> None:
+    before = sorted(file.parent.rglob("*"))
+    assert cli.main(["graft", str(file)]) == 2
+    message = capsys.readouterr().err
+    assert all(text in message for text in texts), message
+    assert sorted(file.parent.rglob("*")) == before
+
+
+def test_all_mistakes_of_a_file_are_told_together(tmp_path, capsys):
+    content = {
+        "vision": {"source": "a/b", "layr": 3, "frozen": "yes"},
+        "projector": {"kind": "mlp", "queries": 9, "merge_size": 0},
+        "llm": {},
+        "positions": "2d",
+        "seed": -1,
+        "colour": "red",
+    }
+    (tmp_path / "graft.yaml").write_text(yaml.safe_dump(content))
+    refused(
+        capsys,
+        tmp_path / "graft.yaml",
+        "unknown key 'colour'",
+        "unknown key vision.layr",
+        "vision.frozen is 'yes'; expected bool",
+        "unknown key projector.queries for kind mlp",
+        "projector.merge_size is 0; expected a whole number from 1 on",
+        "llm.source is missing",
+        "positions is '2d'; expected one of mrope, mrope-2d, 1d",
+        "seed is -1",
+        "output is None",
+    )
+
+
+@pytest.mark.parametrize("text", ["- a\n", "vision: [\n", "", "vision: 3\nprojector: 4\nllm: 5\noutput: x\n"])
+def test_files_that_are_no_recipe(tmp_path, capsys, text):
+    (tmp_path / "graft.yaml").write_text(text)
+    refused(capsys, tmp_path / "graft.yaml", "graft.yaml")
+
+
+@pytest.mark.parametrize(
+    ("tower", "projector", "values", "message"),
+    [
+        ("siglip", "extended", {}, "siglip_vision_model has none: take mlp"),
+        ("siglip", "mlp", {"projector": {"merge_size": 3}}, "4 x 4 patches, which squares of 3 do not fill"),
+        ("siglip", "resampler", {"projector": {"queries": 10}}, "projector.queries is 10; expected a square number"),
+        ("siglip", "resampler", {"projector": {"heads": 3}}, "does not divide the LLM's hidden_size 64"),
+        ("siglip", "mlp", {"vision": {"resolution": "native"}}, "say fixed or interpolated"),
+        ("qwen2_5_vl", "mlp", {"vision": {"resolution": "fixed"}}, "qwen2_5_vl takes any size"),
+        ("qwen2_5_vl", "mlp", {"vision": {"layer": -2}}, "only the result can be taken"),
+        ("siglip", "mlp", {"mrope_section": [4, 4, 4]}, "must add up to head_dim / 2 = 16"),
+        ("siglip", "mlp", {"positions": "1d", "mrope_section": [4, 6, 6]}, "with positions: mrope"),
+        ("siglip", "mlp", {"tokens": {"image": "<|picture|>"}}, "tokens.image: the LLM's tokenizer has no <|picture|>"),
+        ("qwen3", "mlp", {}, "vision: model_type 'qwen3'; expected one of"),
+    ],
+)
+def test_pairs_that_cannot_work(sources, tmp_path, capsys, tower, projector, values, message):
+    file = grafts.write_recipe(
+        tmp_path / "graft.yaml", sources / tower, projector, sources / "qwen3", tmp_path / "out", **values
+    )
+    refused(capsys, file, message)
+
+
+def test_a_tensor_that_is_missing_or_unknown_is_named(sources, tmp_path, capsys):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(sources / "siglip", tmp_path / "siglip")
+    weights = load_file(tmp_path / "siglip/model.safetensors")
+    weights["vision_model.encoder.extra"] = weights.pop("vision_model.post_layernorm.bias")
+    save_file(weights, tmp_path / "siglip/model.safetensors", {"format": "pt"})
+    file = grafts.write_recipe(tmp_path / "graft.yaml", tmp_path / "siglip", "mlp", sources / "qwen3", tmp_path / "out")
+    refused(
+        capsys,
+        file,
+        "missing tensor visual.vision_model.post_layernorm.bias, expected shape [32]",
+        "unknown tensor vision_model.encoder.extra",
+    )
+
+
+@pytest.mark.parametrize(
+    ("tower", "projector"), [("siglip", "mlp"), ("qwen2_5_vl", "extended"), ("qwen2_5_vl", "linear")]
+)
+def test_the_plan_is_what_is_made(sources, tmp_path, capsys, tower, projector):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from qwen_merge.architecture import register
+
+    register()
+    output = tmp_path / "out"
+    file = grafts.write_recipe(tmp_path / "graft.yaml", sources / tower, projector, sources / "qwen3", output)
+    assert cli.main(["graft", "--plan", str(file), "--picture", "300x200"]) == 0
+    plan = capsys.readouterr().out
+    assert not output.exists()
+    assert cli.main(["graft", str(file)]) == 0
+    model = AutoModelForImageTextToText.from_pretrained(output)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert int(re.search(r"total +([\d,]+) parameters", plan)[1].replace(",", "")) == total
+    tokens = int(re.search(r"a picture of 300 x 200 takes (\d+) tokens", plan)[1])
+    processor = AutoProcessor.from_pretrained(output)
+    from PIL import Image
+
+    settings = {} if tower == "siglip" else {"min_pixels": 56 * 56, "max_pixels": 512 * 512}
+    processor.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": 512 * 512}
+    inputs = processor(
+        text="<|image_pad|>", images=[Image.new("RGB", (300, 200))], return_tensors="pt",
+        **(settings if projector == "extended" else {}),
+    )  # fmt: skip
+    assert (inputs["input_ids"] == model.config.image_token_id).sum() == tokens
