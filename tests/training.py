@@ -129,6 +129,21 @@ def train(
     return subprocess.CompletedProcess(process.args, process.returncode, output_text)
 
 
+def workers(output: Path) -> list[int]:
+    """The processes of the ranks that train into `output`, by rank; those of their data loaders are younger."""
+    found: dict[int, int] = {}
+    for number in sorted(int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()):
+        try:
+            command_line = Path(f"/proc/{number}/cmdline").read_bytes()
+            variables = Path(f"/proc/{number}/environ").read_bytes().split(b"\0")
+        except OSError:  # it has ended
+            continue
+        ranks = [int(text.partition(b"=")[2]) for text in variables if text.startswith(b"LOCAL_RANK=")]
+        if ranks and str(output).encode() in command_line:
+            found.setdefault(ranks[0], number)
+    return [found[rank] for rank in sorted(found)]
+
+
 def losses(output: Path) -> list[float]:
     lines = (output / "trainer_log.jsonl").read_text().splitlines()
     return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]

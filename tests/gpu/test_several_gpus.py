@@ -17,7 +17,7 @@ from test_gpu import sources  # noqa: F401
 
 from qwen_merge.architecture import register
 from record_sets import parted_rows, write_set
-from training import PATH, REPOSITORY, command, environment, losses, recipe, train
+from training import PATH, REPOSITORY, command, environment, losses, recipe, train, workers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")]
 register()
@@ -83,21 +83,6 @@ def test_two_gpus_take_the_steps_of_one_though_a_rank_has_no_picture(sources, da
     print(f"ZeRO-{zero}: two GPUs {apart:.1e} from one, half a step's packs {control:.1e}")
     assert apart < 1e-3
     assert control > 1e-2
-
-
-def workers(output: Path) -> list[int]:
-    """The processes of the ranks that train into `output`, by rank; those of their data loaders are younger."""
-    found: dict[int, int] = {}
-    for number in sorted(int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()):
-        try:
-            command_line = Path(f"/proc/{number}/cmdline").read_bytes()
-            variables = Path(f"/proc/{number}/environ").read_bytes().split(b"\0")
-        except OSError:  # it has ended
-            continue
-        ranks = [int(text.partition(b"=")[2]) for text in variables if text.startswith(b"LOCAL_RANK=")]
-        if ranks and str(output).encode() in command_line:
-            found.setdefault(ranks[0], number)
-    return [found[rank] for rank in sorted(found)]
 
 
 @pytest.mark.parametrize("zero", [2, 3])

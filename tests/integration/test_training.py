@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from checkpoints import write_json
-from training import REPOSITORY, command, environment, losses, make_data, recipe, train
+from training import REPOSITORY, command, environment, losses, make_data, recipe, train, workers
 
 pytestmark = pytest.mark.slow
 
@@ -114,11 +114,16 @@ def distance(one: Path, other: Path, base: Path) -> float:
     return float((apart / gone).sqrt())
 
 
+def zero2_without_bf16(folder: Path) -> Path:
+    """The recipes' file for a CPU."""
+    content = json.loads((REPOSITORY / "examples/deepspeed/ds_z2_config.json").read_text())
+    content["bf16"] = {"enabled": False}
+    write_json(folder / "z2.json", content)
+    return folder / "z2.json"
+
+
 def test_two_processes_train_to_the_weights_of_one(untied, data, tmp_path):
     """Same global batch of 4: one process with two micro-batches a step, DDP and ZeRO-2 with one on each of two."""
-    zero2 = json.loads((REPOSITORY / "examples/deepspeed/ds_z2_config.json").read_text())
-    zero2["bf16"] = {"enabled": False}
-    write_json(tmp_path / "z2.json", zero2)
     # Plain SGD: Adam divides by the gradient's size and would turn rounding noise near zero into whole steps.
     arguments = {
         "model": untied.merged,
@@ -132,12 +137,44 @@ def test_two_processes_train_to_the_weights_of_one(untied, data, tmp_path):
     stage = recipe("8B", "2.1")
     train(stage, output=tmp_path / "one", gradient_accumulation_steps=2, **arguments)
     train(stage, output=tmp_path / "ddp", **arguments, **two)
-    train(stage, output=tmp_path / "z2", deepspeed=tmp_path / "z2.json", **{**arguments, **two})
+    train(stage, output=tmp_path / "z2", deepspeed=zero2_without_bf16(tmp_path), **{**arguments, **two})
     train(stage, output=tmp_path / "half", **arguments)  # control: half the batch
     base = untied.merged
     assert distance(tmp_path / "one", tmp_path / "ddp", base) < 1e-4
     assert distance(tmp_path / "one", tmp_path / "z2", base) < 1e-4
     assert distance(tmp_path / "one", tmp_path / "half", base) > 1e-2
+
+
+def test_a_rank_that_dies_ends_the_run_and_the_run_goes_on_from_its_checkpoint(untied, data, tmp_path):
+    stage, output = recipe("8B", "2.1"), tmp_path / "killed"
+    arguments = {"model": untied.merged, "data": data, "max_steps": 60, "save_steps": 20, "ddp_backend": "gloo"}
+    # DeepSpeed, as in the recipes: Trainer's own checkpoints of several CPU processes cannot be loaded ("cpu:0").
+    arguments["deepspeed"] = zero2_without_bf16(tmp_path)
+    train(stage, output=tmp_path / "whole", processes=2, **arguments)
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(
+            command(stage, output=output, **arguments),
+            env=environment(data, 2),
+            cwd=REPOSITORY,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        while process.poll() is None and not (output / "checkpoint-20/trainer_state.json").exists():
+            time.sleep(0.01)
+        ranks = workers(output)
+        assert len(ranks) == 2, (tmp_path / "log").read_text()[-3000:]
+        os.kill(ranks[1], signal.SIGKILL)
+        assert process.wait(timeout=120) != 0  # the other rank does not wait for ever
+    text = (tmp_path / "log").read_text()
+    assert "Signal 9 (SIGKILL)" in text
+    assert "(local_rank: 1)" in text
+    assert not (output / "model.safetensors").exists(), "the run had ended before the kill"
+
+    resumed = train(stage, output=output, processes=2, **arguments)
+    assert "Continuing training from global step" in resumed.stdout
+    assert distance(tmp_path / "whole", output, untied.merged) < 1e-4
+    assert distance(tmp_path / "whole", output / "checkpoint-20", untied.merged) > 1e-2  # control: what the kill left
 
 
 def test_zero3_on_several_cpu_processes_is_refused(tied, data, tmp_path):

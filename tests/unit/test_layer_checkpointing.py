@@ -78,3 +78,20 @@ def test_attention_that_takes_no_offsets_is_refused_before_the_first_step(tied, 
     else:  # the controls
         prepare_training(*arguments)
         assert model.loss_without_logits
+
+
+@pytest.mark.parametrize("with_liger", [True, False])
+def test_layers_with_ligers_kernels_are_not_compiled(model, with_liger, caplog):
+    from liger_kernel.transformers import LigerRMSNorm
+    from llamafactory.model.model_utils.qwen_merge import prepare_training
+
+    if with_liger:
+        model.model.language_model.norm = LigerRMSNorm(64)
+    wanted = {"torch_compile": True, "torch_compile_backend": "aot_eager", "torch_compile_mode": None}
+    arguments = SimpleNamespace(**wanted)
+    with caplog.at_level("WARNING"):
+        prepare_training(model, arguments, [])
+    assert arguments.torch_compile is False  # Trainer must not compile the model as a whole
+    compiled = [layer._compiled_call_impl is not None for layer in model.model.language_model.layers]
+    assert compiled == [not with_liger] * len(compiled)
+    assert ("PyTorch cannot compile Liger's kernels" in caplog.text) == with_liger
