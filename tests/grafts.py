@@ -24,10 +24,21 @@ PROJECTORS: dict[str, dict[str, Any]] = {
 SIZE = 56  # pixels on the side of a picture, for towers that take one size
 _VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 14, "image_size": SIZE}
 _TEXT = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20}
-PREPROCESSORS = {
-    "clip": {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": SIZE}, "crop_size": SIZE},
-    "siglip": {"image_processor_type": "SiglipImageProcessor", "size": {"height": SIZE, "width": SIZE}},
-    "dinov2": {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": SIZE}, "crop_size": SIZE},
+# As the published checkpoints spell them: an old name, a size that patches do not fill, a fast class.
+LEFT_OVER = 4
+PREPROCESSORS: dict[str, dict[str, Any]] = {
+    "clip": {"feature_extractor_type": "CLIPFeatureExtractor", "size": SIZE, "crop_size": SIZE, "do_center_crop": True},
+    "siglip": {
+        "image_processor_type": "SiglipImageProcessor",
+        "size": {"height": SIZE + LEFT_OVER, "width": SIZE + LEFT_OVER},
+    },
+    "dinov2": {
+        "image_processor_type": "BitImageProcessorFast",
+        "size": {"shortest_edge": SIZE},
+        "crop_size": {"height": SIZE, "width": SIZE},
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+    },
 }
 
 
@@ -56,6 +67,7 @@ def make_tower(folder: Path, kind: str, dtype: str = "float32") -> Path:
     elif kind in ("clip", "siglip"):
         name = {"clip": "CLIP", "siglip": "Siglip"}[kind]
         vision, text = {**_VIT, "intermediate_size": 48}, {**_TEXT, "projection_dim": 16}
+        vision["image_size"] = SIZE + (LEFT_OVER if kind == "siglip" else 0)
         config = getattr(transformers, f"{name}Config")(vision_config=vision, text_config=text)
         model = getattr(transformers, f"{name}Model")(config)
         preprocessor = PREPROCESSORS[kind]

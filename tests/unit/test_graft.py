@@ -1,6 +1,7 @@
 """Grafts of every tower, projector and LLM: copies compute what they did, what is new is seeded, all of it loads."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -128,7 +129,10 @@ def test_features_are_the_towers_own(graft, sources, tower):
         found = vlm.model.visual.merger(in_units(features, grids, 2))
         control = vlm.model.visual.merger(features)
     else:
-        own = transformers.AutoImageProcessor.from_pretrained(sources / tower)
+        name = (
+            "BitImageProcessor" if "dinov2" in tower else {"clip": "CLIP", "siglip": "Siglip"}[tower] + "ImageProcessor"
+        )
+        own = getattr(transformers, name).from_pretrained(sources / tower)
         pixels = own(images=pictures((56, 56), (120, 60), (56, 56)), return_tensors="pt")["pixel_values"]
         whole = transformers.AutoModel.from_pretrained(sources / tower).eval()
         states = getattr(whole, "vision_model", whole)(pixel_values=pixels).last_hidden_state
@@ -273,6 +277,48 @@ def test_packed_samples_see_nothing_of_each_other(graft, projector):
     offsets = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
     assert model(**row, **offsets).loss.item() == pytest.approx(expected.item(), abs=1e-5)
     assert abs(model(**row).loss.item() - expected.item()) > 1e-3  # the control
+
+
+def test_experts_take_no_packed_rows(graft):
+    """transformers' layers of Qwen3-MoE would drop the offsets, and samples see each other."""
+    model = load(graft("siglip", "mlp", "qwen3_moe", "1d"))
+    ids, ends = torch.arange(10)[None], torch.tensor([0, 5, 10]).int()
+    offsets = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 5, "max_length_k": 5}
+    with pytest.raises(ValueError, match="Qwen3-MoE takes no packed samples"):
+        model(input_ids=ids, position_ids=torch.arange(5).repeat(3, 1, 2), **offsets)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
+@pytest.mark.parametrize("tower", ["siglip", "qwen2_5_vl"])
+def test_pictures_of_any_mode(graft, tower, mode):
+    processor = AutoProcessor.from_pretrained(graft(tower, "linear", "qwen3", "mrope"))
+    picture = pictures((70, 56))[0].convert(mode)
+    found = processor(text=PROMPT, images=[picture], return_tensors="pt")["pixel_values"]
+    assert torch.equal(found, processor(images=[picture.convert("RGB")], return_tensors="pt")["pixel_values"])
+
+
+def test_a_conversation_with_a_picture(graft):
+    processor = AutoProcessor.from_pretrained(graft("siglip", "mlp", "qwen3", "mrope"))
+    picture = pictures((70, 56))[0]
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": "What is it?"}]
+    conversation = [{"role": "user", "content": content}]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+    inputs = processor.apply_chat_template(conversation, **options)
+    assert (inputs["input_ids"] == processor.image_token_id).sum() == 4
+    text = processor.apply_chat_template(conversation, add_generation_prompt=True)
+    assert torch.equal(processor(text=text, images=[picture], return_tensors="pt")["input_ids"], inputs["input_ids"])
+    with pytest.raises(ValueError, match="no videos and no audio"):
+        processor(text="", videos=[[picture]])
+
+
+def test_rope_as_transformers_5_saves_it(sources, tmp_path):
+    shutil.copytree(sources / "qwen3", tmp_path / "llm")
+    config = json.loads((tmp_path / "llm/config.json").read_text())
+    config["rope_parameters"] = {"rope_theta": config.pop("rope_theta"), "rope_type": "default"}
+    (tmp_path / "llm/config.json").write_text(json.dumps(config))
+    file = grafts.write_recipe(tmp_path / "graft.yaml", sources / "clip", "mlp", tmp_path / "llm", tmp_path / "out")
+    assert cli.main(["graft", str(file)]) == 0
+    assert load(tmp_path / "out").config.text_config.rope_theta == 1000000
 
 
 @pytest.mark.parametrize("frozen", [True, False])

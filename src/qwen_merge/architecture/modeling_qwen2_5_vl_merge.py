@@ -51,7 +51,7 @@ _MROPE_POSITIONS: ContextVar[torch.Tensor | None] = ContextVar("mrope_positions"
 # transformers' names for where the samples of a packed row begin and end (`FlashAttentionKwargs`): offsets in tokens,
 # int32 (samples + 1), and the longest. On their way past Qwen2_5_VLModel, whose `forward` takes no further arguments.
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-_PACKING: ContextVar[dict] = ContextVar("packing", default={})  # noqa: B039, never written to
+PACKED: ContextVar[dict] = ContextVar("packed", default={})  # noqa: B039, never written to
 
 # What a collator can say beside a batch, on the host or as places, so that no forward waits for the device to tell it:
 # samples: the lengths of a row's samples. grids: (time, height, width) of all pictures, then of all videos, a list.
@@ -152,7 +152,7 @@ class MRopeDecoder:
                 layer.self_attn.config = layer_config
 
     def forward(self, *args, position_ids: torch.Tensor | None = None, **kwargs):
-        packing = _PACKING.get()
+        packing = PACKED.get()
         if packing and kwargs.get("attention_mask") is not None:
             raise ValueError("packed samples come without an attention_mask: their offsets say what attends to what")
         if packing and self.config._attn_implementation not in ("sdpa", "flash_attention_2"):
@@ -345,14 +345,14 @@ class Qwen2_5_VL_MergeForConditionalGeneration(Qwen2_5_VL_MergePreTrainedModel, 
         It takes what is `KNOWN` of the batch, too.
         """
         packing, known = ({name: kwargs.pop(name) for name in names if name in kwargs} for names in (PACKING, KNOWN))
-        tokens = _PACKING.set(packing), _KNOWN.set(known)
+        tokens = PACKED.set(packing), _KNOWN.set(known)
         try:
             short = self.training and self.loss_without_logits and labels is not None and self._head_takes_targets()
             if not short:
                 return super().forward(*args, labels=labels, **kwargs)
             outputs = self.model(*args, **{**kwargs, "return_dict": True})
         finally:
-            _PACKING.reset(tokens[0])
+            PACKED.reset(tokens[0])
             _KNOWN.reset(tokens[1])
         targets = labels[:, 1:].flatten()
         labelled = known.get("labelled")

@@ -20,6 +20,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeModel
 from .configuration_qwen2_5_vl_merge import Qwen2_5_VL_MergeConfig  # noqa: F401
 from .configuration_qwen_merge_graft import QwenMergeGraftConfig
 from .modeling_qwen2_5_vl_merge import (
+    PACKED,
     MRopeDecoder,
     Qwen2_5_VL_MergeForConditionalGeneration,
     Qwen2_5_VL_MergeHead,
@@ -29,7 +30,7 @@ from .modeling_qwen2_5_vl_merge import (
 )
 from .projectors_qwen_merge_graft import projector_of
 from .towers_qwen_merge_graft import features_of, tower_of
-from .vision_qwen2_5_vl_merge import Qwen2_5_VL_MergeVisionTransformer  # noqa: F401
+from .vision_qwen2_5_vl_merge import Qwen2_5_VL_MergeVisionTransformer
 
 
 class GraftQwen3Model(MRopeDecoder, Qwen3Model):
@@ -37,7 +38,12 @@ class GraftQwen3Model(MRopeDecoder, Qwen3Model):
 
 
 class GraftQwen3MoeModel(MRopeDecoder, Qwen3MoeModel):
-    pass
+    """Without packed rows: transformers 4.52's layers do not hand the offsets of the samples on to their attention."""
+
+    def forward(self, *args, **kwargs):
+        if PACKED.get():
+            raise ValueError("Qwen3-MoE takes no packed samples: in one row they would see each other. Train unpacked.")
+        return super().forward(*args, **kwargs)
 
 
 class GraftQwen2Model(MRopeDecoder, Qwen2Model):
@@ -87,7 +93,6 @@ class QwenMergeGraftModel(QwenMergeGraftPreTrainedModel, Qwen2_5_VL_MergeModel):
             self.visual.requires_grad_(False)
 
     def picture_features(self, patches: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
-        """Towers that take whole pictures see the frames of a video one after the other."""
         of_each = [tuple(grid) for grid in grids.tolist()]
         trained = any(parameter.requires_grad for parameter in self.visual.parameters())
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
@@ -102,6 +107,7 @@ class QwenMergeGraftModel(QwenMergeGraftPreTrainedModel, Qwen2_5_VL_MergeModel):
         return self.picture_features(pixel_values.type(self.visual.dtype), image_grid_thw)
 
     def get_video_features(self, pixel_values_videos: torch.Tensor, video_grid_thw: torch.Tensor) -> torch.Tensor:
+        """Of towers that take any size; the others are made for pictures."""
         return self.get_image_features(pixel_values_videos, video_grid_thw)
 
     def get_rope_index(
@@ -139,6 +145,14 @@ class QwenMergeGraftForConditionalGeneration(QwenMergeGraftPreTrainedModel, Qwen
         self.loss_type = "ForCausalLM"
         self.register_load_state_dict_pre_hook(names_of_memory)
         self.post_init()
+
+    def compile_blocks(self, **options) -> None:
+        """As in `qwen2_5_vl_merge`, whose tower is the only one that is made for it."""
+        if isinstance(self.model.visual, Qwen2_5_VL_MergeVisionTransformer):
+            super().compile_blocks(**options)
+            return
+        for layer in self.model.language_model.layers:
+            layer.compile(**options)
 
 
 __all__ = ["QwenMergeGraftForConditionalGeneration", "QwenMergeGraftModel", "QwenMergeGraftPreTrainedModel"]

@@ -8,7 +8,13 @@ from typing import Any
 
 import transformers
 from transformers import BatchFeature, ProcessorMixin
-from transformers.image_utils import ChannelDimension
+from transformers.image_transforms import convert_to_rgb, resize
+from transformers.image_utils import (
+    ChannelDimension,
+    get_image_size,
+    infer_channel_dimension_format,
+    to_numpy_array,
+)
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor, smart_resize
 
 AUTO_MAP = {
@@ -43,7 +49,11 @@ class QwenMergeGraftImageProcessor(Qwen2VLImageProcessor):
         """One picture, or the frames of a video, to patches row by row and their grid."""
         kwargs["merge_size"] = 1  # rows, not squares
         if self.tower_processor is not None:
-            pixels = self._of_the_tower(images)
+            side = self.patch_size
+            pixels = [
+                array[:, : array.shape[1] // side * side, : array.shape[2] // side * side]
+                for array in self._of_the_tower(images)
+            ]  # what is left of a patch the tower leaves out, too
             plain = {"do_resize": False, "do_rescale": False, "do_normalize": False, "do_convert_rgb": False}
             return super()._preprocess(pixels, **{**kwargs, **plain, "input_data_format": ChannelDimension.FIRST})
         images = images if isinstance(images, (list, tuple)) else [images]
@@ -52,11 +62,8 @@ class QwenMergeGraftImageProcessor(Qwen2VLImageProcessor):
         return super()._preprocess(resized, **{**kwargs, "do_resize": False})
 
     def _resized(self, image, size: dict[str, int]):
-        from transformers.image_transforms import convert_to_rgb, resize
-        from transformers.image_utils import get_image_size, infer_channel_dimension_format, to_numpy_array
-
         array = to_numpy_array(convert_to_rgb(image))
-        layout = infer_channel_dimension_format(array)
+        layout = ChannelDimension.LAST if hasattr(image, "convert") else infer_channel_dimension_format(array)
         height, width = get_image_size(array, channel_dim=layout)
         bounds = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
         target = smart_resize(height, width, factor=self.patch_size * self.factor, **bounds)
@@ -66,7 +73,8 @@ class QwenMergeGraftImageProcessor(Qwen2VLImageProcessor):
         if not hasattr(self, "_own"):
             settings = dict(self.tower_processor or {})
             self._own = getattr(transformers, settings.pop("image_processor_type"))(**settings)
-        return list(self._own(images=images, return_tensors="np")["pixel_values"])
+        images = images if isinstance(images, (list, tuple)) else [images]
+        return list(self._own(images=[convert_to_rgb(image) for image in images], return_tensors="np")["pixel_values"])
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
@@ -87,16 +95,32 @@ class QwenMergeGraftProcessor(ProcessorMixin):
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token) if tokenizer is not None else None
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
-    def __call__(self, images=None, text=None, return_tensors=None, **kwargs) -> BatchFeature:
+    def __call__(
+        self,
+        images=None,
+        text=None,
+        videos=None,
+        audio=None,
+        return_tensors=None,
+        min_pixels=None,
+        max_pixels=None,
+        **kwargs,
+    ) -> BatchFeature:
         """`text` with placeholders and `images` -> input_ids, attention_mask, pixel_values, image_grid_thw.
 
         Raises:
-            ValueError: not as many placeholders as pictures.
+            ValueError: not as many placeholders as pictures; videos or audio.
         """
-        texts = [text] if isinstance(text, str) else list(text)
+        if videos is not None or audio is not None:
+            raise ValueError("a graft's processor takes pictures and texts, no videos and no audio")
         pictures = {}
         if images is not None:
-            pictures = self.image_processor(images=images, return_tensors=return_tensors)
+            bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+            bounds = {name: value for name, value in bounds.items() if value is not None}
+            pictures = self.image_processor(images=images, return_tensors=return_tensors, **bounds)
+        if text is None:
+            return BatchFeature(dict(pictures), tensor_type=return_tensors)
+        texts = [text] if isinstance(text, str) else list(text)
         grids = list(pictures.get("image_grid_thw", ()))
         found = sum(part.count(self.image_token) for part in texts)
         if found != len(grids):

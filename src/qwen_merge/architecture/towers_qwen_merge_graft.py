@@ -78,7 +78,9 @@ def _of_pictures(tower: nn.Module, patches: torch.Tensor, grids: Grids, config: 
     outputs: list[torch.Tensor | None] = [None] * len(grids)
     for grid in dict.fromkeys(grids):
         numbers = [number for number, other in enumerate(grids) if other == grid]
-        _, rows, columns = grid
+        time, rows, columns = grid
+        if time != 1:
+            raise ValueError(f"{vision.model_type} takes pictures; this is a video of {time} frames")
         squares = torch.stack([pictures[number] for number in numbers]).unflatten(2, (channels, side, side))
         pixels = squares.unflatten(1, (rows, columns)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
         own = vision.image_size // side

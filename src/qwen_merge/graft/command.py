@@ -6,7 +6,7 @@ from pathlib import Path
 EPILOG = """\
 A file says which vision tower, projector and LLM are joined:
 
-  vision:    {source: google/siglip-so400m-patch14-384}   # also CLIP, DINOv2, Qwen2-VL, Qwen2.5-VL
+  vision:    {source: google/siglip2-so400m-patch16-384}   # also CLIP, DINOv2, Qwen2-VL, Qwen2.5-VL
   projector: {kind: mlp, merge_size: 2}                   # extended, patch_merger, linear, mlp, resampler
   llm:       {source: Qwen/Qwen3-4B}                      # Qwen3, Qwen3-MoE, Qwen2.5
   positions: mrope                                        # mrope-2d, 1d

@@ -1,18 +1,21 @@
 """A graft from its file to a complete directory. Everything that can be refused is refused before a byte is written."""
 
+import json
 import time
 from dataclasses import dataclass
+from typing import Any
 
 from qwen_merge.architecture import GRAFT_CODE_FILES
+from qwen_merge.errors import UserError
 from qwen_merge.graft import plan as planning
-from qwen_merge.graft.recipe import Recipe
+from qwen_merge.graft.recipe import Recipe, Tokens, pixels
 from qwen_merge.merger import companions as companion_files
 from qwen_merge.merger.configuration import RopeOptions
-from qwen_merge.merger.merge import MergeOptions, MergeReport, Prepared, merge, write
+from qwen_merge.merger.merge import MergeOptions, MergeReport, Prepared, merge, refuse_inside, write
 from qwen_merge.merger.plan import MergePlan
 from qwen_merge.merger.shards import parse_size
 from qwen_merge.merger.sources import open_source
-from qwen_merge.merger.staging import resolved_output
+from qwen_merge.merger.staging import remove_stale, resolved_output
 
 PROCESSOR = "processor_config.json"
 
@@ -53,8 +56,11 @@ def make(recipe: Recipe) -> MergeReport:
         UserError: whatever a user can mend; nothing is left at or beside the output then.
     """
     started = time.monotonic()
-    output, max_shard_bytes = resolved_output(recipe.output.expanduser()), parse_size(recipe.max_shard_size)
+    output, max_shard_bytes = resolved_output(recipe.output), parse_size(recipe.max_shard_size)
+    if output.parent.is_dir():
+        remove_stale(output)  # before the space is looked at: a dead merge may take up what is needed
     drafted = draft(recipe)
+    refuse_inside(output, drafted.sources.vision, drafted.sources.llm)
     if drafted.plan is None:
         return merge(step_one(recipe))
     assert drafted.companions is not None
@@ -77,31 +83,100 @@ def step_one(recipe: Recipe) -> MergeOptions:
 
 
 def _add_files(companions: companion_files.Companions, recipe: Recipe, sources: planning.Sources, config) -> None:
-    from qwen_merge.architecture.processing_qwen_merge_graft import AUTO_MAP
+    from qwen_merge.architecture.processing_qwen_merge_graft import AUTO_MAP, QwenMergeGraftImageProcessor
 
-    own = sources.vision.read_json(companion_files.PREPROCESSOR)
+    name, own = _own_processor(sources)
+    settings = sources.vision.read_json(companion_files.PREPROCESSOR)
     fixed = not sources.tower.is_native and recipe.vision.resolution != "interpolated"
-    vision = config.vision_config
+    least, most = pixels(recipe.vision)
+    carried = ("image_mean", "image_std", "resample", "rescale_factor", "do_rescale", "do_normalize")
     values = {
         "image_processor_type": "QwenMergeGraftImageProcessor",
         "processor_class": "QwenMergeGraftProcessor",
-        "auto_map": dict(AUTO_MAP),
-        "patch_size": vision.patch_size,
+        "patch_size": config.vision_config.patch_size,
         "temporal_patch_size": config.frames,
         "merge_size": config.merge_size,
         "factor": config.factor,
         "queries": config.tokens((1, 1, 1)) if config.projector_config["kind"] == "resampler" else None,
-        "min_pixels": recipe.vision.min_pixels,
-        "max_pixels": recipe.vision.max_pixels,
-        **{name: own[name] for name in ("image_mean", "image_std", "resample", "rescale_factor") if name in own},
-        "tower_processor": own if fixed else None,
+        "min_pixels": least,
+        "max_pixels": most,
+        **{key: getattr(own, key) for key in carried if getattr(own, key, None) is not None},
+        "tower_processor": {**settings, "image_processor_type": name} if fixed else None,
     }
-    companions.files[companion_files.PREPROCESSOR] = companion_files.encode(values)
+    _check_pictures(QwenMergeGraftImageProcessor(**values), config, fixed)
+    companions.files[companion_files.PREPROCESSOR] = companion_files.encode({**values, "auto_map": dict(AUTO_MAP)})
     processor = {
         "processor_class": "QwenMergeGraftProcessor",
         "auto_map": {"AutoProcessor": AUTO_MAP["AutoProcessor"]},
         "image_token": recipe.tokens.image,
     }
     companions.files[PROCESSOR] = companion_files.encode(processor)
+    _spell_tokens(companions, recipe.tokens)
     for path in GRAFT_CODE_FILES:
         companions.files[path.name] = path.read_bytes()
+
+
+def _own_processor(sources: planning.Sources) -> tuple[str, Any]:
+    """(class name, image processor) of the tower's checkpoint: the slow one, which gives arrays.
+
+    Raises:
+        UserError: none that transformers knows.
+    """
+    import transformers
+
+    settings = sources.vision.read_json(companion_files.PREPROCESSOR)
+    old = str(settings.get("feature_extractor_type", "")).replace("FeatureExtractor", "ImageProcessor")
+    name = str(settings.get("image_processor_type") or old).removesuffix("Fast")
+    kind = getattr(transformers, name, None) if name.endswith("ImageProcessor") else None
+    if kind is None:
+        raise UserError(
+            f"the tower's {companion_files.PREPROCESSOR} has image_processor_type {name!r}; expected one of "
+            "transformers' image processors, such as SiglipImageProcessor."
+        )
+    kinds = ("image_processor_type", "feature_extractor_type", "processor_class")
+    try:
+        return name, kind(**{key: value for key, value in settings.items() if key not in kinds})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the tower's {companion_files.PREPROCESSOR} makes no {name}: {error}") from None
+
+
+def _check_pictures(processor, config, fixed: bool) -> None:
+    """Cut two grey pictures as every later one will be.
+
+    Raises:
+        UserError: what comes out is nothing that tower and projector can take.
+    """
+    from PIL import Image
+
+    try:
+        grey = [Image.new("RGB", size, (128, 128, 128)) for size in ((640, 480), (480, 640))]
+        grids = [tuple(int(side) for side in grid[1:]) for grid in processor(images=grey)["image_grid_thw"]]
+    except (TypeError, ValueError, KeyError) as error:
+        raise UserError(f"the tower's {companion_files.PREPROCESSOR} gives no pictures: {error}") from None
+    vision, problems = config.vision_config, []
+    if fixed and grids[0] != grids[1]:
+        problems.append(f"it gives pictures of several sizes, {grids[0]} and {grids[1]} patches: say interpolated")
+    for rows, columns in dict.fromkeys(grids):
+        if rows % config.factor or columns % config.factor:
+            problems.append(
+                f"the tower's pictures have {rows} x {columns} patches, which squares of {config.merge_size} do not "
+                "fill: another projector.merge_size, or vision.resolution: interpolated"
+            )
+        if fixed and "dinov2" not in vision.model_type:
+            own = vision.image_size // vision.patch_size
+            if (rows, columns) != (own, own):
+                problems.append(f"it gives {rows} x {columns} patches, and the tower has positions for {own} x {own}")
+    if problems:
+        raise UserError.from_list("this graft cannot be made:", problems)
+
+
+def _spell_tokens(companions: companion_files.Companions, tokens: Tokens) -> None:
+    """In the chat template, which writes Qwen's own."""
+    if tokens == Tokens():
+        return
+    template = companions.files[companion_files.CHAT_TEMPLATE].decode()
+    for name, own in vars(Tokens()).items():
+        template = template.replace(own, getattr(tokens, name))
+    companions.files[companion_files.CHAT_TEMPLATE] = template.encode()
+    settings = json.loads(companions.files["tokenizer_config.json"])
+    companions.files["tokenizer_config.json"] = companion_files.encode({**settings, "chat_template": template})

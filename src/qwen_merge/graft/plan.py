@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen_merge.errors import UserError
-from qwen_merge.graft.recipe import Recipe
+from qwen_merge.graft.recipe import Recipe, Tokens, Vision, pixels
 from qwen_merge.graft.towers import TOWERS, Tower, tower_for
-from qwen_merge.merger.plan import READABLE, SHOWN, MergePlan, PlannedTensor, settle_dtype
+from qwen_merge.merger.plan import LISTED, READABLE, SHOWN, MergePlan, PlannedTensor, settle_dtype
 from qwen_merge.merger.safetensors_file import StoredTensor
 from qwen_merge.merger.sources import Source
 
@@ -68,33 +68,56 @@ def _pair_problems(recipe: Recipe, tower: Tower) -> list[str]:
         problems.append(f"vision.resolution {vision.resolution}: {tower.kind} takes any size; leave it out, or native")
     if not tower.is_native and vision.resolution == "native":
         problems.append(f"vision.resolution native: {tower.kind} was trained at one size; say fixed or interpolated")
+    if not tower.is_native and vision.resolution != "interpolated" and (vision.min_pixels or vision.max_pixels):
+        problems.append(f"vision.min_pixels, max_pixels: {tower.kind} takes one size; say resolution: interpolated")
     if tower.is_native and vision.layer != -1:
         problems.append(f"vision.layer {vision.layer}: of {tower.kind} only the result can be taken")
     return problems
 
 
 def is_step_one(recipe: Recipe, sources: Sources) -> bool:
-    """Whether this is Qwen-Merge itself, which is written in its own form."""
-    return (
-        sources.tower.kind == "qwen2_5_vl"
-        and recipe.projector["kind"] == "extended"
-        and sources.llm_config["model_type"] == "qwen3"
-        and recipe.positions == "mrope"
-    )
+    """Whether this is Qwen-Merge itself, which is written in its own form.
+
+    Raises:
+        UserError: it is, and the file sets what that form takes from its sources.
+    """
+    parts = (sources.tower.kind, recipe.projector["kind"], sources.llm_config["model_type"], recipe.positions)
+    if parts != ("qwen2_5_vl", "extended", "qwen3", "mrope"):
+        return False
+    plain = Vision(recipe.vision.source, recipe.vision.revision)
+    changed = [f"vision.{name}" for name, value in vars(recipe.vision).items() if value != getattr(plain, name)]
+    changed += ["tokens"] * (recipe.tokens != Tokens())
+    if changed:
+        raise UserError(
+            f"{', '.join(changed)}: this graft is Qwen-Merge itself, as `qwen-merge merge` makes it; it takes these "
+            "from its sources. Leave them out."
+        )
+    return True
 
 
 def vision_fields(sources: Sources) -> dict[str, Any]:
-    """The tower's own configuration out of its checkpoint's."""
+    """The tower's own configuration out of its checkpoint's.
+
+    Raises:
+        UserError: there is none.
+    """
     config = sources.vision_config
-    values = (
-        config
-        if config["model_type"] == sources.tower.kind and "vision_config" not in config
-        else config["vision_config"]
-    )
-    return {
-        **{name: value for name, value in values.items() if name not in _NOT_CARRIED},
-        "model_type": sources.tower.kind,
-    }
+    values = config.get("vision_config", config if config["model_type"] == sources.tower.kind else None)
+    if not isinstance(values, dict):
+        raise UserError(f"the tower's config.json has vision_config {values!r}; expected a JSON object.")
+    fields = {name: value for name, value in values.items() if name not in _NOT_CARRIED}
+    return {**fields, "model_type": sources.tower.kind}
+
+
+def text_fields(llm_config: dict) -> dict[str, Any]:
+    """The LLM's own fields; transformers 5 keeps all of its RoPE in `rope_parameters`."""
+    text = {name: value for name, value in llm_config.items() if name not in (*_NOT_CARRIED, "rope_parameters")}
+    parameters = dict(llm_config.get("rope_parameters") or {})
+    if "rope_theta" in parameters:
+        text["rope_theta"] = parameters.pop("rope_theta")
+    if parameters.get("rope_type", "default") != "default":
+        text["rope_scaling"] = parameters
+    return text
 
 
 def graft_config(recipe: Recipe, sources: Sources, token_ids: dict[str, int]):
@@ -103,19 +126,24 @@ def graft_config(recipe: Recipe, sources: Sources, token_ids: dict[str, int]):
     Raises:
         UserError: fields that do not fit each other.
     """
-    from qwen_merge.architecture.configuration_qwen_merge_graft import QwenMergeGraftConfig, head_dim_of
+    from qwen_merge.architecture.configuration_qwen_merge_graft import (
+        QwenMergeGraftConfig,
+        head_dim_of,
+        vision_config_of,
+    )
 
     vision = vision_fields(sources)
     if "in_chans" in vision:  # Qwen's published spelling; transformers reads in_channels
         vision.setdefault("in_channels", vision["in_chans"])
     projector = dict(recipe.projector)
     if projector["kind"] == "extended":
-        width = vision["hidden_size"] if sources.tower.kind == "qwen2_vl" else vision["out_hidden_size"]
-        projector.update(merge_size=vision["spatial_merge_size"], out_hidden_size=width)
+        tower = vision_config_of(vision)
+        width = tower.hidden_size if sources.tower.kind == "qwen2_vl" else tower.out_hidden_size
+        projector.update(merge_size=tower.spatial_merge_size, out_hidden_size=width)
     elif projector["kind"] in ("patch_merger", "mlp"):
         projector.setdefault("merge_size", 2)
-    text = {name: value for name, value in sources.llm_config.items() if name not in _NOT_CARRIED}
-    ids, problems = _token_ids(recipe, token_ids, text.get("vocab_size", 0))
+    text = text_fields(sources.llm_config)
+    ids, problems = _token_ids(recipe, token_ids, text.get("vocab_size"))
     try:
         config = QwenMergeGraftConfig(
             vision_config=vision,
@@ -140,29 +168,31 @@ def graft_config(recipe: Recipe, sources: Sources, token_ids: dict[str, int]):
     return config
 
 
-def _token_ids(recipe: Recipe, token_ids: dict[str, int], rows: int) -> tuple[dict[str, int], list[str]]:
+def _token_ids(recipe: Recipe, token_ids: dict[str, int], rows: Any) -> tuple[dict[str, int], list[str]]:
     ids, problems = {}, []
+    if type(rows) is not int:
+        problems.append(f"the LLM's config.json has vocab_size {rows!r}; expected a whole number")
     for name in ("image", "video", "vision_start", "vision_end"):
         token = getattr(recipe.tokens, name)
         ids[f"{name}_token_id"] = token_ids.get(token, -1)
         if token not in token_ids:
             problems.append(f"tokens.{name}: the LLM's tokenizer has no {token}")
-        elif token_ids[token] >= rows:
+        elif type(rows) is int and token_ids[token] >= rows:
             problems.append(f"tokens.{name}: {token} is {token_ids[token]}, and the LLM's embeddings have {rows} rows")
     return ids, problems
 
 
 def _size_problems(recipe: Recipe, sources: Sources, config) -> list[str]:
     problems = []
-    if not sources.tower.is_native and recipe.vision.resolution != "interpolated":
-        side = config.vision_config.image_size // config.vision_config.patch_size
-        if side % config.factor:
-            problems.append(
-                f"the tower's pictures have {side} x {side} patches, which squares of {config.merge_size} do not fill: "
-                "another projector.merge_size, or vision.resolution: interpolated"
-            )
-    heads, width = config.projector_config.get("heads"), config.hidden_size
-    if heads and width % heads:
+    most, smallest = pixels(recipe.vision)[1], (config.vision_config.patch_size * config.factor) ** 2
+    if most < smallest:
+        problems.append(f"vision.max_pixels is {most}; the smallest picture has {smallest}")
+    layers = getattr(config.vision_config, "num_hidden_layers", 0)
+    if not sources.tower.is_native and not -layers - 1 <= recipe.vision.layer <= layers:
+        problems.append(f"vision.layer is {recipe.vision.layer}; the tower has {layers} layers, -1 is its result")
+    width = config.hidden_size
+    heads = config.projector_config.get("heads") or max(1, width // 128)
+    if config.projector_config["kind"] == "resampler" and width % heads:
         problems.append(f"projector.heads is {heads}, which does not divide the LLM's hidden_size {width}")
     return problems
 
@@ -190,7 +220,11 @@ def graft_plan(sources: Sources, config) -> MergePlan:
     found = _of_the_tower(sources, keeps_merger, dropped["vlm"])
     found.update(_of_the_llm(sources, config.tie_word_embeddings, dropped["llm"]))
 
-    model = meta_model(config)
+    _check_depth(sources, config, len(found))
+    try:
+        model = meta_model(config)
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"the sources' config.json describe no model: {error!r}. Take complete checkpoints.") from None
     ones = {
         f"{name}.weight"
         for name, module in model.named_modules()
@@ -231,6 +265,16 @@ def graft_plan(sources: Sources, config) -> MergePlan:
     return plan
 
 
+def _check_depth(sources: Sources, config, tensors: int) -> None:
+    """More layers or experts than tensors: asked before so many are built."""
+    text, vision = config.text_config, config.vision_config
+    counts = {f"the LLM's {name}": getattr(text, name, 0) for name in ("num_hidden_layers", "num_experts")}
+    counts["the tower's depth"] = getattr(vision, "depth", getattr(vision, "num_hidden_layers", 0))
+    for name, count in counts.items():
+        if type(count) is not int or count > max(tensors, LISTED):
+            raise UserError(f"{name} is {count!r}, but there are only {tensors} tensors.")
+
+
 def _of_the_tower(sources: Sources, keeps_merger: bool, dropped: Counter[str]) -> Found:
     tower, found = sources.tower, Found()
 
@@ -244,6 +288,8 @@ def _of_the_tower(sources: Sources, keeps_merger: bool, dropped: Counter[str]) -
             dropped[drop or "not the tower's"] += 1
             continue
         target = stem + name[len(spelling) :]
+        if f"visual.{target}" in found or f"projector.{target}" in found:
+            raise UserError(f"the tower's checkpoint has {target} twice, once as {name}. Copy or download it again.")
         if tower.merger and target.startswith(tower.merger):
             if not keeps_merger:
                 dropped["the VLM's patch merger"] += 1

@@ -1,6 +1,6 @@
 """`graft.yaml`: what is joined to what. Read and checked as a whole, before a source is opened.
 
-    vision:    {source: google/siglip-so400m-patch14-384}
+    vision:    {source: google/siglip2-so400m-patch16-384}
     projector: {kind: mlp, merge_size: 2}
     llm:       {source: Qwen/Qwen3-4B}
     positions: mrope
@@ -9,6 +9,8 @@
 Every key but `source`, `kind` and `output` has a default; an unknown one is an error.
 """
 
+import math
+import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
@@ -17,6 +19,7 @@ import yaml
 
 from qwen_merge.errors import UserError
 
+PIXELS = (56 * 56, 512 * 512)  # as training's image_max_pixels
 KINDS = ("extended", "patch_merger", "linear", "mlp", "resampler")
 POSITIONS = ("mrope", "mrope-2d", "1d")
 # Settings of a projector beside its kind, and what each must be at least.
@@ -31,9 +34,11 @@ SETTINGS: dict[str, dict[str, int]] = {
 
 @dataclass(frozen=True)
 class Vision:
-    """The tower. resolution: "native" any size, "fixed" the tower's own, "interpolated" any size for a fixed tower.
+    """The tower.
 
     layer: whose output is taken (-1: the tower's result). frozen: it does not train unless a trainer says so.
+    resolution: "native" any size, "fixed" the tower's own, "interpolated" any size for a tower with one.
+    min_pixels, max_pixels: of a picture of any size (default: `PIXELS`).
     """
 
     source: str
@@ -41,8 +46,8 @@ class Vision:
     layer: int = -1
     frozen: bool = True
     resolution: str | None = None
-    min_pixels: int = 56 * 56
-    max_pixels: int = 512 * 512
+    min_pixels: int | None = None
+    max_pixels: int | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,12 @@ class Recipe:
     max_shard_size: str = "5GB"
 
 
+def pixels(vision: Vision) -> tuple[int, int]:
+    """The fewest and the most of a picture of any size."""
+    least, most = PIXELS
+    return vision.min_pixels or least, vision.max_pixels or most
+
+
 def read(path: Path) -> Recipe:
     """The recipe in a file.
 
@@ -84,7 +95,12 @@ def read(path: Path) -> Recipe:
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+        yaml.YAMLError,
+    ) as error:  # ValueError: a date that is none
         raise UserError(f"{path} cannot be read as YAML: {error}") from None
     problems: list[str] = []
     recipe = _recipe(content, path, problems)
@@ -103,8 +119,9 @@ def _recipe(content: Any, path: Path, problems: list[str]) -> Recipe | None:
     llm = _part(LLM, content.get("llm"), "llm", problems)
     tokens = _part(Tokens, content.get("tokens", {}), "tokens", problems)
     projector = _projector(content.get("projector"), problems)
-    if not isinstance(content.get("output"), str):
-        problems.append(f"output is {content.get('output')!r}; expected the path of a new directory")
+    output = content.get("output")
+    if not isinstance(output, str) or not output or "\0" in output:
+        problems.append(f"output is {output!r}; expected the path of a new directory")
     positions, section = content.get("positions", "mrope"), content.get("mrope_section")
     if positions not in POSITIONS:
         problems.append(f"positions is {positions!r}; expected one of {', '.join(POSITIONS)}")
@@ -117,12 +134,20 @@ def _recipe(content: Any, path: Path, problems: list[str]) -> Recipe | None:
         problems.append(f"seed is {seed!r}; expected a number from 0 to 2**64 - 1")
     if vision is not None and vision.resolution not in (None, "native", "fixed", "interpolated"):
         problems.append(f"vision.resolution is {vision.resolution!r}; expected native, fixed or interpolated")
-    if vision is not None and not 0 < vision.min_pixels <= vision.max_pixels:
-        problems.append(f"vision.min_pixels is {vision.min_pixels} and max_pixels {vision.max_pixels}")
+    if vision is not None:
+        least, most = pixels(vision)
+        if not 0 < least <= most:
+            problems.append(
+                f"vision.min_pixels is {least} and max_pixels {most}; expected 0 < min_pixels <= max_pixels"
+            )
+    if tokens is not None and len(set(vars(tokens).values())) < len(vars(tokens)):
+        problems.append(f"tokens are {', '.join(vars(tokens).values())}; expected four different ones")
     if problems or vision is None or llm is None or tokens is None:
         return None
     section = tuple(section) if section is not None else None
-    return Recipe(vision, projector, llm, Path(content["output"]), positions, section, tokens, seed, str(size))
+    return Recipe(
+        vision, projector, llm, Path(os.path.expanduser(str(output))), positions, section, tokens, seed, str(size)
+    )
 
 
 def _part(kind: type, content: Any, name: str, problems: list[str]) -> Any:
@@ -161,6 +186,6 @@ def _projector(content: Any, problems: list[str]) -> dict[str, Any]:
         elif type(value) is not int or value < settings[key]:
             problems.append(f"projector.{key} is {value!r}; expected a whole number from {settings[key]} on")
     queries = content.get("queries", 256)
-    if kind == "resampler" and type(queries) is int and round(queries**0.5) ** 2 != queries:
+    if kind == "resampler" and type(queries) is int and queries > 0 and math.isqrt(queries) ** 2 != queries:
         problems.append(f"projector.queries is {queries}; expected a square number, whose root lies on each side")
     return dict(content)

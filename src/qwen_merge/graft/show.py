@@ -2,12 +2,13 @@
 
 import json
 import math
+from collections.abc import Mapping
 
-from qwen_merge.graft.make import Drafted, draft, step_one
+from qwen_merge.errors import UserError
+from qwen_merge.graft.make import draft, step_one
 from qwen_merge.graft.recipe import Recipe
 from qwen_merge.merger import companions as companion_files
 from qwen_merge.merger.merge import prepare
-from qwen_merge.merger.plan import MergePlan
 
 PARTS = (("vision tower", "visual."), ("projector", "projector."), ("LLM", "model."), ("head", "lm_head."))
 
@@ -19,8 +20,12 @@ def show(recipe: Recipe, picture: tuple[int, int]) -> None:
         UserError: what makes the graft itself impossible.
     """
     drafted = draft(recipe)
-    plan = drafted.plan or _step_one_plan(recipe, drafted)
-    is_own_form = drafted.plan is None
+    if drafted.plan is None:
+        ready = prepare(drafted.sources.vision, drafted.sources.llm, {}, step_one(recipe).rope, None)
+        plan, files = ready.plan, ready.companions.files
+    else:
+        assert drafted.companions is not None
+        plan, files = drafted.plan, drafted.companions.files
     parts: dict[str, list] = {name: [] for name, _ in PARTS}
     for tensor in plan.tensors:
         name = (
@@ -43,32 +48,28 @@ def show(recipe: Recipe, picture: tuple[int, int]) -> None:
     )
     for tensor in parts["projector"]:
         print(f"    {tensor.name:40} {list(tensor.shape)}{'  new' if tensor.origin == 'new' else ''}")
-    if is_own_form:
-        from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
-
-        vision = plan.config["vision_config"]
-        side = vision["patch_size"] * vision["spatial_merge_size"]
-        height, width = smart_resize(picture[1], picture[0], side, recipe.vision.min_pixels, recipe.vision.max_pixels)
-        tokens = height // side * (width // side)
-    else:
-        tokens = _tokens(drafted, picture)
+    tokens = _tokens(files, picture)
     print(f"  a picture of {picture[0]} x {picture[1]} takes {tokens} tokens")
     for note in plan.notes:
         print(f"  note: {note}")
 
 
-def _tokens(drafted: Drafted, picture: tuple[int, int]) -> int:
-    """As the result's own image processor cuts a grey picture of that size."""
+def _tokens(files: Mapping[str, bytes], picture: tuple[int, int]) -> int:
+    """As the result's own image processor cuts a grey picture of that size.
+
+    Raises:
+        UserError: it takes no such picture.
+    """
     from PIL import Image
+    from transformers import Qwen2VLImageProcessor
 
     from qwen_merge.architecture.processing_qwen_merge_graft import QwenMergeGraftImageProcessor
 
-    assert drafted.companions is not None
-    settings = json.loads(drafted.companions.files[companion_files.PREPROCESSOR])
-    processor = QwenMergeGraftImageProcessor(**{key: value for key, value in settings.items() if key != "auto_map"})
-    return processor.tokens(processor(images=Image.new("RGB", picture, (128, 128, 128)))["image_grid_thw"][0])
-
-
-def _step_one_plan(recipe: Recipe, drafted: Drafted) -> MergePlan:
-    options = step_one(recipe)
-    return prepare(drafted.sources.vision, drafted.sources.llm, {}, options.rope, options.dtype).plan
+    settings = json.loads(files[companion_files.PREPROCESSOR])
+    kind = QwenMergeGraftImageProcessor if "factor" in settings else Qwen2VLImageProcessor
+    processor = kind(**{key: value for key, value in settings.items() if key != "auto_map"})
+    try:
+        grid = processor(images=Image.new("RGB", picture, (128, 128, 128)))["image_grid_thw"][0]
+    except ValueError as error:
+        raise UserError(f"--picture {picture[0]}x{picture[1]}: {error}") from None
+    return processor.tokens(grid) if hasattr(processor, "tokens") else int(grid.prod()) // processor.merge_size**2

@@ -109,16 +109,21 @@ def merge(options: MergeOptions) -> MergeReport:
         remove_stale(output)  # before the space is looked at: a dead merge may take up what is needed
     vlm = open_source(options.vlm, "VLM", options.vlm_revision)
     llm = open_source(options.llm, "LLM", options.llm_revision)
-    for source in (vlm, llm):
+    refuse_inside(output, vlm, llm)
+    overrides = companion_files.read_materials(options.materials)
+    ready = prepare(vlm, llm, overrides, options.rope, options.dtype)
+    return write(output, ready, options.seed, max_shard_bytes, started)
+
+
+def refuse_inside(output: Path, *sources: Source) -> None:
+    """Raises UserError when the output lies in a source, which stays as it is."""
+    for source in sources:
         place = source.origin().get("path")  # a hub source has none
         if place is not None and output.is_relative_to(place):
             raise UserError(
                 f"--output-path {output} is inside the {source.role} {place}, which a merge leaves as it is. "
                 "Choose a place outside."
             )
-    overrides = companion_files.read_materials(options.materials)
-    ready = prepare(vlm, llm, overrides, options.rope, options.dtype)
-    return write(output, ready, options.seed, max_shard_bytes, started)
 
 
 def write(output: Path, ready: Prepared, seed: int, max_shard_bytes: int, started: float) -> MergeReport:
