@@ -80,6 +80,14 @@ def keep_process_groups() -> None:
     dist.destroy_process_group = destroy_process_group
 
 
+def let_all_train(model: "PreTrainedModel") -> None:
+    r"""Give a graft's tower its gradients, which its configuration (`freeze_vision`) may have taken: here the recipe
+    says what trains, and LLaMA-Factory only ever takes gradients away. Called before it does.
+    """
+    if parts_of(model.config) is not None:
+        model.requires_grad_(True)
+
+
 def check_training(model: "PreTrainedModel", finetuning_args: "FinetuningArguments") -> None:
     r"""Log how many parameters of each part train, and stop the run when that is not what the recipe says.
 
