@@ -5,6 +5,7 @@ One launch of `llamafactory-cli train`, with DeepSpeed; what LLaMA-Factory does 
 
 import json
 import shutil
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -31,11 +32,17 @@ TRIPLES = (
 )
 QWEN_MERGE = ("qwen2_5_vl", "extended", "qwen3", "mrope")  # as `qwen-merge merge` makes it
 RATES = {"vision": 1e-6, "projector": 1e-5, "LLM": 2e-5}
-ON = {"dataset": "mixed", "trust_remote_code": True, "lr_scheduler_type": "constant", "report_to": "none"}
+# A batch of eight rows has all kinds of rows in it.
+ON = {"dataset": "mixed", "trust_remote_code": True, "lr_scheduler_type": "constant", "per_device_train_batch_size": 8}
 
 
 def recipe(name: str) -> Path:
     return REPOSITORY / f"examples/graft/graft_{name}.yaml"
+
+
+@pytest.fixture(autouse=True)
+def silent(monkeypatch):
+    monkeypatch.setenv("LLAMAFACTORY_VERBOSITY", "ERROR")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +85,7 @@ def rates(trained: str) -> dict[str, float]:
 def settings(trained: str) -> dict:
     """The freezing and the rates of a recipe that trains these parts."""
     parts = trained.split("+")
-    values = {f"{part}_learning_rate": RATES[part] for part in ("vision", "projector") if part in parts}
+    values = {f"{part}_learning_rate": RATES[part] if part in parts else None for part in ("vision", "projector")}
     values |= {"freeze_vision_tower": "vision" not in parts, "freeze_multi_modal_projector": "projector" not in parts}
     return {**values, "freeze_language_model": "LLM" not in parts, "learning_rate": RATES["LLM"]}
 
@@ -104,13 +111,13 @@ def test_a_trained_graft_is_saved_with_its_code_and_its_processor(graft, data, t
     train_here(recipe("projector"), model=base, output=out, data=data, **ON)
     assert {path.name for path in base.glob("*.py")} == {path.name for path in out.glob("*.py")}
     first, again = (AutoProcessor.from_pretrained(folder, trust_remote_code=True) for folder in (base, out))
-    image = Image.open(REPOSITORY / "tests" / "missing") if False else Image.new("RGB", (90, 60), (9, 200, 30))
+    image = Image.new("RGB", (90, 60), (9, 200, 30))
     prompt = "<|vision_start|><|image_pad|><|vision_end|>What is it?"
     inputs = [processor(text=prompt, images=[image], return_tensors="pt") for processor in (first, again)]
     assert all(torch.equal(inputs[0][name], inputs[1][name]) for name in inputs[0])
     model, info = AutoModelForImageTextToText.from_pretrained(out, trust_remote_code=True, output_loading_info=True)
     assert not any(info.values()), info
-    before = AutoModelForImageTextToText.from_pretrained(base)
+    before = AutoModelForImageTextToText.from_pretrained(base, trust_remote_code=True)
     with torch.no_grad():
         assert model(**inputs[0]).logits.isfinite().all()
         assert not torch.equal(model(**inputs[0]).logits, before(**inputs[0]).logits)  # it was trained
@@ -159,11 +166,13 @@ def test_lora_moves_the_adapters_and_the_parts_that_are_free(adapters, triple, t
 def with_adapter(base: Path, adapter: Path):
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), adapter).eval()
+    return PeftModel.from_pretrained(
+        AutoModelForImageTextToText.from_pretrained(base, trust_remote_code=True), adapter
+    ).eval()
 
 
 def question(folder: Path) -> dict:
-    processor = AutoProcessor.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     text = "<|vision_start|><|image_pad|><|vision_end|>Which number is it?"
     return processor(text=text, images=[Image.radial_gradient("L").convert("RGB")], return_tensors="pt")
 
@@ -197,7 +206,7 @@ def test_an_exported_model_answers_as_base_and_adapter(adapters, tmp_path, tripl
     expected = with_adapter(base, adapter)(**inputs).logits
     found = AutoModelForImageTextToText.from_pretrained(merged, trust_remote_code=True)(**question(merged)).logits
     assert (found - expected).abs().max() < 1e-4
-    alone = AutoModelForImageTextToText.from_pretrained(base)(**inputs).logits
+    alone = AutoModelForImageTextToText.from_pretrained(base, trust_remote_code=True)(**inputs).logits
     assert (alone - expected).abs().max() > 1e-2  # the control
 
 
@@ -262,7 +271,7 @@ def parts(data: Path, folder: Path, **values):
     arguments.data.finetuning_args = arguments.finetuning
     options = {"tokenizer": tokenizer, "processor": processor}
     rows = get_dataset(template, arguments.model, arguments.data, arguments.training, "sft", **options)["train_dataset"]
-    model = AutoModelForImageTextToText.from_pretrained(folder).train()
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).train()
     collator = SFTDataCollatorWith4DAttentionMask(
         model=model, template=template, label_pad_token_id=-100, pad_to_multiple_of=8, **options
     )
@@ -315,14 +324,13 @@ def test_a_batch_without_pictures_has_the_loss_of_its_text(graft, data, triple):
 @pytest.mark.parametrize("triple", PACKED, ids="-".join)
 def test_pictures_have_the_tokens_that_the_processor_gives_them(graft, data, triple):
     folder = graft(*triple)
-    rows, _, model = parts(data, folder, template="qwen_merge_vl_pt")
-    processor = AutoProcessor.from_pretrained(folder)
+    rows, *_ = parts(data, folder, template="qwen_merge_vl_pt")
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     for i in (1, 2):
         record = rows[i]
-        pictures = [Image.open(__import__("io").BytesIO(image["bytes"])) for image in record["images"]]
-        prompt = (
-            "<|im_start|>" + "<|vision_start|><|image_pad|><|vision_end|>" * len(pictures) + f"Which number is {i}?"
-        )
+        pictures = [Image.open(BytesIO(image["bytes"])) for image in record["images"]]
+        shown = "<|vision_start|><|image_pad|><|vision_end|>" * len(pictures)
+        prompt = f"<|im_start|>{shown}Which number is {i}?"
         expected = processor(text=prompt, images=pictures)["input_ids"][0]
         assert record["input_ids"][: len(expected)] == expected
         grids = processor(images=pictures)["image_grid_thw"]
@@ -399,19 +407,15 @@ def test_a_launch_with_deepspeed_keeps_the_rates_of_the_parts(graft, data, tmp_p
         (("siglip", "mlp", "qwen3_moe", "1d"), {"neat_packing": True}, "Qwen3-MoE takes no packed samples"),
     ],
 )
-def test_what_cannot_be_trained_is_said(graft, data, tmp_path, caplog, triple, values, message):
+def test_what_cannot_be_trained_is_said(graft, data, tmp_path, caplog, monkeypatch, triple, values, message):
     if "use_adam_mini" in values:  # its package is not in the lock
-        pytest.MonkeyPatch().setattr("llamafactory.hparams.parser._check_extra_dependencies", lambda *_: None)
+        monkeypatch.setattr("llamafactory.hparams.parser._check_extra_dependencies", lambda *_: None)
+    values = {**ON, "projector_learning_rate": None, **values}
     with caplog.at_level("ERROR"), pytest.raises(SystemExit) as stop:
-        train_here(
-            recipe("lora"), model=graft(*triple), output=tmp_path / "out", data=data, **{**ON, **RESTING, **values}
-        )
+        train_here(recipe("lora"), model=graft(*triple), output=tmp_path / "out", data=data, **values)
     assert stop.value.code == 2
     assert message in caplog.text
     assert not list(tmp_path.glob("out/**/*.safetensors"))
-
-
-RESTING = {"projector_learning_rate": None}
 
 
 def test_a_wrong_trainable_set_stops_a_run_by_lora(graft, data, tmp_path, caplog, monkeypatch):
@@ -424,4 +428,4 @@ def test_a_wrong_trainable_set_stops_a_run_by_lora(graft, data, tmp_path, caplog
     caplog.clear()
     with caplog.at_level("ERROR"), pytest.raises(SystemExit):
         train_here(recipe("lora"), model=graft(*TRIPLES[0]), output=tmp_path / "out", data=data, **ON)
-    assert "LLM trains, and the recipe says the opposite" in caplog.text
+    assert "LLM trains beside its adapters, and additional_target does not say so" in caplog.text

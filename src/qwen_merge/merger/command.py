@@ -1,4 +1,4 @@
-"""`qwen-merge merge`, `verify` and `split-adapter`: their options, and what they print. Imports nothing heavy at its top."""
+"""`qwen-merge merge`, `verify`, `split-adapter`: their options, what they print. Imports nothing heavy at its top."""
 
 import argparse
 import os

@@ -104,6 +104,7 @@ def check_training(model: "PreTrainedModel", finetuning_args: "FinetuningArgumen
     unexpected: dict[str, str] = {}
     expected = trained_parts(finetuning_args)
     by_lora = finetuning_args.finetuning_type == "lora"
+    asked = [f".{name}" for name in finetuning_args.additional_target or []]
     for name, param in model.named_parameters():
         part = part_of(parts, name)
         if part is None:
@@ -116,8 +117,11 @@ def check_training(model: "PreTrainedModel", finetuning_args: "FinetuningArgumen
         if by_lora:
             copied, adapts = ".modules_to_save." in name, ".lora_" in name
             if copied or adapts:
+                whole = name.split(".modules_to_save.")[0]
                 if adapts and part in ("vision", "projector"):
                     unexpected.setdefault(f"{part} has adapters, which are for the LLM", name)
+                elif copied and part in ("LLM", "head") and not whole.endswith(tuple(asked)):
+                    unexpected.setdefault(f"{part} trains beside its adapters, and additional_target does not say so", name)
             else:
                 total[part] += numel
             if ".original_module." in name or (part in ("LLM", "head") and not copied and not adapts):
