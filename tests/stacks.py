@@ -25,6 +25,8 @@ NEEDS_FIRST_STACK = {
     "unit/test_data_show.py::test_every_row_is_there_with*": LLAMAFACTORY,
     "unit/test_data_show.py::test_a_set_of_which_no_row_can_be*": LLAMAFACTORY,
     "unit/test_graft.py": GRAFTS,
+    "unit/test_graft_parts.py": GRAFTS,
+    "integration/test_graft_training.py": LLAMAFACTORY,
     "unit/test_graft_recipe.py::test_the_plan_is_what_is_made*": GRAFTS,
     "unit/test_layer_checkpointing.py": LLAMAFACTORY,
     "unit/test_templates.py": LLAMAFACTORY,

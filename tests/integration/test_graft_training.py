@@ -383,10 +383,11 @@ def test_a_launch_with_deepspeed_keeps_the_rates_of_the_parts(graft, data, tmp_p
     """`llamafactory-cli train` as a user types it, ZeRO-2, packed, the checkpoint's own code."""
     zero2 = json.loads((REPOSITORY / "examples/deepspeed/ds_z2_config.json").read_text())
     write_json(tmp_path / "z2.json", {**zero2, "bf16": {"enabled": False}})
-    base, out = graft(*TRIPLES[2]), tmp_path / "out"
+    base, out = graft(*TRIPLES[1]), tmp_path / "out"
     values = {"dataset": "mixed", "lr_scheduler_type": "constant", "neat_packing": "true", "cutoff_len": 400}
+    torchrun = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "1"}  # which DeepSpeed asks for
     run = train(
-        recipe("full"), model=base, output=out, data=data, processes=2, ddp_backend="gloo",
+        recipe("full"), model=base, output=out, data=data, variables=torchrun, ddp_backend="gloo",
         deepspeed=tmp_path / "z2.json", per_device_train_batch_size=1, **values,
     )  # fmt: skip
     assert "Learning rate of vision: 1e-06 for" in run.stdout
