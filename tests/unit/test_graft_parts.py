@@ -1,5 +1,7 @@
 """What a training of a graft rests on: calls of a tower, the experts' loss, LoRA's targets, a patch's cost, Liger."""
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -146,17 +148,13 @@ def test_a_patch_costs_what_the_weights_it_goes_through_do(sources, tower, proje
     before = matrices(model.projector) / unit
     if projector == "resampler":  # keys and values of a patch; queries and the way out are a picture's
         before = model.projector.kv_proj.weight.numel() + 2 * config.hidden_size**2
-    elif projector in ("extended", "patch_merger"):
-        pass
     expected = (matrices(model.visual) + before) / (3 * llm)
     assert patch_cost(config, False, False, True) == pytest.approx(expected, rel=1e-6)
 
 
-def test_ligers_kernels_reach_a_graft(graft, monkeypatch):
+@pytest.mark.slow
+def test_ligers_kernels_reach_a_graft(graft):
     """Built, not run: they need a GPU. In a process of its own, since Liger exchanges classes for good."""
-    import subprocess
-    import sys
-
     script = f"""
 from transformers import AutoModelForCausalLM, AutoConfig
 from llamafactory.hparams import ModelArguments
@@ -176,7 +174,8 @@ for logits in (True, False):
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
     kernels = "LigerSwiGLUMLP LigerRMSNorm LigerRMSNorm LigerRMSNorm"
-    assert run.stdout.splitlines()[-2:] == [f"{kernels} NoneType", f"{kernels} LigerFusedLinearCrossEntropyLoss"]
+    lines = [line for line in run.stdout.splitlines() if line.startswith("Liger")]
+    assert lines == [f"{kernels} NoneType", f"{kernels} LigerFusedLinearCrossEntropyLoss"]
 
 
 def test_a_graft_knows_a_grid_without_the_picture(graft, interpolated):
