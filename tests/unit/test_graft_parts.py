@@ -63,6 +63,13 @@ def test_zero3_gathers_a_picture_tower_and_experts_as_one(graft, interpolated, m
     for model in (interpolated, experts, native):
         qwen_merge.gather_as_one(model)
     assert leaves(interpolated) == {"model.visual"}
+    # DeepSpeed refuses a trained leaf whose input asks for no gradient.
+    given = []
+    interpolated.model.visual.register_forward_pre_hook(lambda _, arguments: given.append(arguments[0]))
+    for trains in (True, False):
+        with torch.set_grad_enabled(trains):
+            features_of(interpolated.model.visual, torch.randn(8, 588), [(1, 2, 4)], interpolated.config)
+    assert [patches.requires_grad for patches in given] == [True, False]
     layers = {f"model.language_model.layers.{i}.mlp" for i in range(2)}
     assert leaves(experts) == {"model.visual"} | layers
     assert leaves(native) == set()  # its pictures of all sizes go through in one call of every module

@@ -51,7 +51,8 @@ class QwenMergeGraftImageProcessor(Qwen2VLImageProcessor):
         if self.tower_processor is not None:
             if not hasattr(self, "_grid"):  # the same for all
                 one = self(images=[Image.new("RGB", (width, height))])
-                self._grid = tuple(int(number) for number in one["image_grid_thw"][0])
+                time, rows, columns = (int(number) for number in one["image_grid_thw"][0])
+                self._grid = time, rows, columns
             return self._grid
         rows, columns = self._target(height, width, self.size)
         return 1, rows // self.patch_size, columns // self.patch_size

@@ -67,7 +67,8 @@ def tower_of(config: QwenMergeGraftConfig) -> nn.Module:
     if vision.model_type == "siglip_vision_model":
         vision.vision_use_head = False  # it pools; nothing asks for one vector
     own = MODEL_MAPPING[type(vision)]
-    return type(f"Graft{own.__name__}", (PictureTower, own), {})._from_config(vision)
+    kind: Any = type(f"Graft{own.__name__}", (PictureTower, own), {})
+    return kind._from_config(vision)
 
 
 def features_of(tower: nn.Module, patches: torch.Tensor, grids: Grids, config: QwenMergeGraftConfig) -> torch.Tensor:

@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Optional
 
+import torch
 import torch.distributed as dist
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -164,8 +165,16 @@ def gather_as_one(model: "PreTrainedModel") -> None:
     if whole:
         from deepspeed.utils import set_z3_leaf_modules
 
-        set_z3_leaf_modules(model, whole)
+        for module in set_z3_leaf_modules(model, whole):
+            if getattr(type(module), "gathers_as_one", False):
+                module.register_forward_pre_hook(_ask_for_gradients)
         logger.info_rank0("ZeRO-3 gathers as a whole: {}.".format(", ".join(cls.__name__ for cls in whole)))
+
+
+def _ask_for_gradients(module: "torch.nn.Module", args: tuple) -> None:
+    r"""DeepSpeed reduces the gradients of what it gathers as one when that of its input is there."""
+    if torch.is_grad_enabled():
+        args[0].requires_grad_(True)
 
 
 def prepare_training(

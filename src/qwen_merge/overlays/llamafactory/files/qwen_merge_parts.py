@@ -31,7 +31,7 @@ PARTS = {
 
 def parts_of(config: Any) -> Optional[dict[str, str]]:
     r"""Prefixes and parts of a model; None for a model that is none of this kit's."""
-    return PARTS.get(getattr(config, "model_type", None))
+    return PARTS.get(getattr(config, "model_type", ""))
 
 
 def part_of(parts: dict[str, str], name: str) -> Optional[str]:
@@ -150,15 +150,14 @@ def set_learning_rates(
     if not rates:
         return
     parts = parts_of(model.config) or {}
-    names = {"head": "LLM"}
-    part_by_parameter = {}
-    for name, parameter in model.named_parameters():
-        part = part_of(parts, name)
-        part_by_parameter[parameter] = names.get(part, part)
-    groups, counts, seen = [], Counter(), {}
+    part_by_parameter = {parameter: part_of(parts, name) for name, parameter in model.named_parameters()}
+    groups: list[dict[str, Any]] = []
+    counts: Counter[str] = Counter()
+    seen: dict[str, float] = {}
     for part in ("LLM", "projector", "vision"):
         for group in optimizer.param_groups:
-            own = [parameter for parameter in group["params"] if part_by_parameter[parameter] == part]
+            members = (part, "head") if part == "LLM" else (part,)
+            own = [parameter for parameter in group["params"] if part_by_parameter[parameter] in members]
             if own:
                 rate = rates.get(part, group["lr"])
                 groups.append({**group, "params": own, "lr": rate})
