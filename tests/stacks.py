@@ -27,6 +27,7 @@ NEEDS_FIRST_STACK = {
     "unit/test_graft.py": GRAFTS,
     "unit/test_graft_parts.py": GRAFTS,
     "integration/test_graft_training.py": LLAMAFACTORY,
+    "integration/test_graft_zero3.py": LLAMAFACTORY,
     "unit/test_graft_recipe.py::test_the_plan_is_what_is_made*": GRAFTS,
     "unit/test_layer_checkpointing.py": LLAMAFACTORY,
     "unit/test_templates.py": LLAMAFACTORY,
