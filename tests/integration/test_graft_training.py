@@ -136,7 +136,8 @@ def adapters(graft, data, tmp_path_factory):
     def make(triple, trained: str) -> tuple[Path, Path]:
         if (triple, trained) not in made:
             out = tmp_path_factory.mktemp("lora") / "out"
-            train_here(recipe("lora"), model=graft(*triple), output=out, data=data, **ON, **settings(trained))
+            with torch.enable_grad():  # the first to ask may be a test without gradients
+                train_here(recipe("lora"), model=graft(*triple), output=out, data=data, **ON, **settings(trained))
             made[triple, trained] = out
         return graft(*triple), made[triple, trained]
 
