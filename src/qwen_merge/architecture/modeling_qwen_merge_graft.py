@@ -77,8 +77,10 @@ class QwenMergeGraftPreTrainedModel(Qwen2_5_VL_MergePreTrainedModel):
 class QwenMergeGraftModel(QwenMergeGraftPreTrainedModel, Qwen2_5_VL_MergeModel):
     """Tower, projector and decoder without a head."""
 
+    # For these, too: a save of transformers 4.57 takes what stands right for a pattern, and left for a name.
     _checkpoint_conversion_mapping = {
-        r"^model\.(visual|projector)": r"\1",
+        "^model.visual": "visual",
+        "^model.projector": "projector",
         r"^model(\.language_model|)": "language_model",
     }
 
@@ -134,7 +136,8 @@ class QwenMergeGraftForConditionalGeneration(QwenMergeGraftPreTrainedModel, Qwen
     """The model that is trained and asked."""
 
     _checkpoint_conversion_mapping = {
-        r"^(visual|projector)": r"model.\1",
+        "^visual": "model.visual",
+        "^projector": "model.projector",
         r"^model(?!\.(language_model|visual|projector))": "model.language_model",
     }
 

@@ -65,8 +65,13 @@ class QwenMergeGraftImageProcessor(Qwen2VLImageProcessor):
         array = to_numpy_array(convert_to_rgb(image))
         layout = ChannelDimension.LAST if hasattr(image, "convert") else infer_channel_dimension_format(array)
         height, width = get_image_size(array, channel_dim=layout)
-        bounds = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
-        target = smart_resize(height, width, factor=self.patch_size * self.factor, **bounds)
+        bounds, factor = (
+            {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]},
+            self.patch_size * self.factor,
+        )
+        if min(height, width) < factor:  # transformers 4.57 would take it
+            raise ValueError(f"height:{height} and width:{width} must be larger than factor:{factor}")
+        target = smart_resize(height, width, factor=factor, **bounds)
         return resize(array, size=target, resample=self.resample, input_data_format=layout)
 
     def _of_the_tower(self, images):
@@ -139,8 +144,8 @@ class QwenMergeGraftProcessor(ProcessorMixin):
     def decode(self, *args, **kwargs):
         return self.tokenizer.decode(*args, **kwargs)
 
-    def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "auto_map": {"AutoProcessor": AUTO_MAP["AutoProcessor"]}}
+    def to_dict(self, **kwargs) -> dict[str, Any]:
+        return {**super().to_dict(**kwargs), "auto_map": {"AutoProcessor": AUTO_MAP["AutoProcessor"]}}
 
     @property
     def model_input_names(self):
