@@ -48,7 +48,7 @@ def test_all_mistakes_of_a_file_are_told_together(tmp_path, capsys):
         "unknown key projector.queries for kind mlp",
         "projector.merge_size is 0; expected a whole number from 1 on",
         "llm.source is missing",
-        "positions is '2d'; expected one of mrope, mrope-2d, 1d",
+        "positions is '2d'; expected one of mrope, 1d, mrope-2d",
         "seed is -1",
         "output is None",
     )

@@ -6,9 +6,9 @@ from pathlib import Path
 EPILOG = """\
 A file says which vision tower, projector and LLM are joined:
 
-  vision:    {source: google/siglip2-so400m-patch16-384}   # also CLIP, DINOv2, Qwen2-VL, Qwen2.5-VL
-  projector: {kind: mlp, merge_size: 2}                   # extended, patch_merger, linear, mlp, resampler
-  llm:       {source: Qwen/Qwen3-4B}                      # Qwen3, Qwen3-MoE, Qwen2.5
+  vision:    {source: google/siglip2-so400m-patch16-384}   # also CLIP, DINOv2, Qwen2-VL, Qwen2.5-VL, Qwen3-VL
+  projector: {kind: mlp, merge_size: 2}                   # own, extended, patch_merger, linear, mlp, resampler
+  llm:       {source: Qwen/Qwen3-4B}                      # Qwen3, Qwen3-MoE, Qwen2.5; the one in a Qwen3-VL
   positions: mrope                                        # mrope-2d, 1d
   output:    my-vlm-base
   architecture: qwen2_5_vl           # stock Qwen2.5-VL, for tools that load no other; costs a Qwen3 its q/k norms
@@ -56,9 +56,9 @@ def picture_size(text: str) -> tuple[int, int]:
 
 
 def run_graft(arguments: argparse.Namespace) -> int:
+    from qwen_merge.graft.llms import LEFT_OUT
     from qwen_merge.graft.make import make
     from qwen_merge.graft.measure import measure, read_text
-    from qwen_merge.graft.plan import LEFT_OUT
     from qwen_merge.graft.recipe import read
     from qwen_merge.merger.sources import open_source
 
