@@ -107,7 +107,6 @@ def test_files_that_are_no_recipe(tmp_path, capsys, text):
         ("qwen2_5_vl", "mlp", {"vision": {"layer": -2}}, "only the result can be taken"),
         ("siglip", "mlp", {"mrope_section": [4, 4, 4]}, "must add up to head_dim / 2 = 16"),
         ("siglip", "mlp", {"positions": "1d", "mrope_section": [4, 6, 6]}, "with positions: mrope"),
-        ("siglip", "mlp", {"tokens": {"image": "<|picture|>"}}, "tokens.image: the LLM's tokenizer has no <|picture|>"),
         ("qwen3", "mlp", {}, "vision: model_type 'qwen3'; expected one of"),
         ("siglip", "mlp", {"vision": {"layer": 9}}, "vision.layer is 9; the tower has 2 layers"),
         ("siglip", "mlp", {"vision": {"max_pixels": 9999}}, "takes one size; say resolution: interpolated"),

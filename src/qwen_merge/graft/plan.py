@@ -6,8 +6,9 @@ Which tensors a graft has is asked of its own class on PyTorch's meta device; wh
 
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from qwen_merge.architecture.kinds_qwen_merge_graft import OF_THE_SOURCE
@@ -16,7 +17,7 @@ from qwen_merge.graft import llms
 from qwen_merge.graft.llms import NOT_CARRIED, Found, of_the_llm, text_fields
 from qwen_merge.graft.recipe import Recipe, Tokens, Vision, pixels
 from qwen_merge.graft.towers import TOWERS, Tower, deepstack_note, mergers_of, of_the_tower, tower_for
-from qwen_merge.merger.plan import LISTED, READABLE, SHOWN, MergePlan, PlannedTensor, settle_dtype
+from qwen_merge.merger.plan import LISTED, READABLE, SHOWN, MergePlan, NewRows, PlannedTensor, settle_dtype
 from qwen_merge.merger.sources import Source
 
 NEW_PROJECTOR = ("projector.",)
@@ -119,8 +120,8 @@ def vision_fields(sources: Sources) -> dict[str, Any]:
     return {**fields, "model_type": sources.tower.kind}
 
 
-def graft_config(recipe: Recipe, sources: Sources, token_ids: dict[str, int]):
-    """The result's configuration object.
+def graft_config(recipe: Recipe, sources: Sources, token_ids: dict[str, int], rows: Any):
+    """The result's configuration object. rows: of its embeddings.
 
     Raises:
         UserError: fields that do not fit each other.
@@ -146,7 +147,8 @@ def graft_config(recipe: Recipe, sources: Sources, token_ids: dict[str, int]):
         projector.setdefault("merge_size", 2)
     text = text_fields(sources.llm_config)
     section, interleaved = llms.sections(sources.llm_config) if recipe.positions == "mrope" else (None, False)
-    ids, problems = _token_ids(recipe, token_ids, text.get("vocab_size"))
+    text["vocab_size"] = rows
+    ids, problems = _token_ids(recipe, token_ids, rows)
     try:
         config = QwenMergeGraftConfig(
             vision_config=vision,
@@ -178,11 +180,9 @@ def _token_ids(recipe: Recipe, token_ids: dict[str, int], rows: Any) -> tuple[di
         problems.append(f"the LLM's config.json has vocab_size {rows!r}; expected a whole number")
     for name in ("image", "video", "vision_start", "vision_end"):
         token = getattr(recipe.tokens, name)
-        ids[f"{name}_token_id"] = token_ids.get(token, -1)
-        if token not in token_ids:
-            problems.append(f"tokens.{name}: the LLM's tokenizer has no {token}")
-        elif type(rows) is int and token_ids[token] >= rows:
-            problems.append(f"tokens.{name}: {token} is {token_ids[token]}, and the LLM's embeddings have {rows} rows")
+        ids[f"{name}_token_id"] = number = token_ids.get(token, -1)
+        if type(rows) is int and number >= rows:
+            problems.append(f"tokens.{name}: {token} is {number}, and the LLM's embeddings have {rows} rows")
     return ids, problems
 
 
@@ -220,8 +220,8 @@ def meta_model(config):
         return QwenMergeGraftForConditionalGeneration(config)
 
 
-def graft_plan(sources: Sources, config) -> MergePlan:
-    """Every tensor of the result with its source.
+def graft_plan(sources: Sources, config, new_rows: Mapping[str, NewRows]) -> MergePlan:
+    """Every tensor of the result with its source. new_rows: of which tensors some rows are drawn.
 
     Raises:
         UserError: tensors that are missing, unknown, or of another shape.
@@ -232,7 +232,7 @@ def graft_plan(sources: Sources, config) -> MergePlan:
     tied = config.tie_word_embeddings
     found.update(of_the_llm(sources.llm, sources.llm_config["model_type"], tied, dropped["llm"]))
     check_depth(config.text_config, config.vision_config, len(found))
-    tensors = joined(found, lambda: meta_model(config), tied, NEW_PROJECTOR, tuple(mergers.values()))
+    tensors = joined(found, lambda: meta_model(config), tied, NEW_PROJECTOR, tuple(mergers.values()), new_rows)
     plan = MergePlan(config.to_dict(), tensors, {role: dict(count) for role, count in dropped.items()})
     if sources.tower.deepstack:
         plan.notes.append(deepstack_note(sources.tower, config, mergers))
@@ -241,12 +241,18 @@ def graft_plan(sources: Sources, config) -> MergePlan:
 
 
 def joined(
-    found: Found, make: Callable[[], Any], tied: bool, new: tuple[str, ...], copied: tuple[str, ...] = ()
+    found: Found,
+    make: Callable[[], Any],
+    tied: bool,
+    new: tuple[str, ...],
+    copied: tuple[str, ...] = (),
+    new_rows: Mapping[str, NewRows] = MappingProxyType({}),
 ) -> list[PlannedTensor]:
     """Every tensor of a model with its source: the tower's, the LLM's, then those that are initialised.
 
     found: what the sources have. make: gives the model on the meta device. tied: the head is the embedding. new: how
-    tensors begin or end that may be missing. copied: how those of them begin that may not.
+    tensors begin or end that may be missing. copied: how those of them begin that may not. new_rows: of copied tensors
+    the rows that are drawn.
 
     Raises:
         UserError: tensors that are missing, unknown, or of another shape.
@@ -274,12 +280,13 @@ def joined(
                 problems.append(f"missing tensor {name}, expected shape {list(shape)}")
             stream = None if memory_name in ones else zlib.crc32(name.encode())
             tensors["new"].append(PlannedTensor(name, "", shape, "new", stream=stream))
-        elif stored.shape != shape:
-            problems.append(f"tensor {source_name} has shape {list(stored.shape)}, expected {list(shape)}")
+        elif stored.shape != (expected := (new_rows[name].copied, *shape[1:]) if name in new_rows else shape):
+            problems.append(f"tensor {source_name} has shape {list(stored.shape)}, expected {list(expected)}")
         elif stored.dtype not in READABLE.values():
             problems.append(f"tensor {source_name} has dtype {stored.dtype}; take an unquantised checkpoint")
         else:
-            tensors[origin].append(PlannedTensor(name, stored.dtype, shape, origin, source_name, stored))
+            rows, stream = new_rows.get(name), zlib.crc32(name.encode())
+            tensors[origin].append(PlannedTensor(name, stored.dtype, shape, origin, source_name, stored, stream, rows))
     problems += [
         f"unknown tensor {source_name}: this graft has no place for it" for _, source_name, _ in found.values()
     ]

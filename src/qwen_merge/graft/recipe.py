@@ -54,7 +54,7 @@ class LLM:
 
 @dataclass(frozen=True)
 class Tokens:
-    """How the tokenizer spells what stands for pictures."""
+    """How the tokenizer spells what stands for pictures; what it lacks is added to it."""
 
     image: str = "<|image_pad|>"
     video: str = "<|video_pad|>"
