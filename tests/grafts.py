@@ -24,7 +24,8 @@ from checkpoints import (
 )
 
 HAS_QWEN3_VL = find_spec("transformers.models.qwen3_vl") is not None  # from 4.57 on; its decoder alone is a Qwen3's
-TOWERS = ("qwen2_5_vl", "qwen2_vl", "clip", "siglip", "dinov2", "dinov2_with_registers") + ("qwen3_vl",) * HAS_QWEN3_VL
+TOWERS = ("qwen2_5_vl", "qwen2_vl", "clip", "siglip", "siglip2", "dinov2", "dinov2_with_registers")
+TOWERS += ("qwen3_vl",) * HAS_QWEN3_VL
 LLMS = ("qwen3", "qwen3_moe", "qwen2", "qwen3_vl")
 PROJECTORS: dict[str, dict[str, Any]] = {
     "own": {},
@@ -50,6 +51,7 @@ PREPROCESSORS: dict[str, dict[str, Any]] = {
         "image_processor_type": "SiglipImageProcessor",
         "size": {"height": SIZE + LEFT_OVER, "width": SIZE + LEFT_OVER},
     },
+    "siglip2": {"image_processor_type": "Siglip2ImageProcessorFast", "patch_size": 14, "max_num_patches": 16},
     "qwen3_vl": {
         "image_processor_type": "Qwen2VLImageProcessorFast",
         "size": {"shortest_edge": 32 * 32, "longest_edge": 16777216},
@@ -93,9 +95,10 @@ def make_tower(folder: Path, kind: str, dtype: str = "float32") -> Path:
         config = transformers.Qwen2VLConfig(**text, vision_config=vision, tie_word_embeddings=False)
         model = transformers.Qwen2VLForConditionalGeneration(config)
         preprocessor = {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 14, "merge_size": 2}
-    elif kind in ("clip", "siglip"):
-        name = {"clip": "CLIP", "siglip": "Siglip"}[kind]
-        vision, text = {**_VIT, "intermediate_size": 48}, {**_TEXT, "projection_dim": 16}
+    elif kind in ("clip", "siglip", "siglip2"):
+        name = {"clip": "CLIP", "siglip": "Siglip", "siglip2": "Siglip2"}[kind]
+        vision, text = {**_VIT, "intermediate_size": 48}, {**_TEXT, "projection_dim": 16, "projection_size": 16}
+        vision["num_patches"] = 16
         vision["image_size"] = SIZE + (LEFT_OVER if kind == "siglip" else 0)
         config = getattr(transformers, f"{name}Config")(vision_config=vision, text_config=text)
         model = getattr(transformers, f"{name}Model")(config)

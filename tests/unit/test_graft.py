@@ -41,6 +41,7 @@ PAIRS = (
     ("qwen2_5_vl", "mlp", "qwen3", "mrope-2d"),
     ("siglip", "linear", "qwen3_vl", "mrope"),
     ("dinov2", "mlp", "qwen3_vl", "1d"),
+    ("siglip2", "mlp", "qwen3", "mrope"),
 ) + grafts.HAS_QWEN3_VL * (
     ("qwen3_vl", "own", "qwen3_vl", "mrope"),
     ("qwen3_vl", "extended", "qwen3", "mrope"),
@@ -136,6 +137,20 @@ def test_features_are_the_towers_own(graft, sources, tower):
         expected = expected[0] if isinstance(expected, tuple) else expected  # Qwen3-VL's, beside DeepStack
         found = vlm.model.visual.merger(in_units(features, grids, 2))
         control = vlm.model.visual.merger(features)
+    elif tower == "siglip2":
+        whole = transformers.Siglip2Model.from_pretrained(sources / tower).eval()
+        own = transformers.Siglip2ImageProcessor.from_pretrained(sources / tower, max_num_patches=40)
+        pixels = own(images=pictures((56, 56), (112, 56)), return_tensors="pt", do_resize=False)
+        shapes = [tuple(shape) for shape in pixels["spatial_shapes"].tolist()]
+        states = whole.vision_model(
+            pixels["pixel_values"], pixels["pixel_attention_mask"], pixels["spatial_shapes"]
+        ).last_hidden_state
+        expected = torch.cat([state[: rows * columns] for state, (rows, columns) in zip(states, shapes, strict=True)])
+        inputs = processor(text=PROMPT * 2, images=pictures((56, 56), (112, 56)), return_tensors="pt")
+        grids = [tuple(grid) for grid in inputs["image_grid_thw"].tolist()]
+        assert [grid[1:] for grid in grids] == shapes == [(4, 4), (4, 8)]
+        found = features_of(model.model.visual, inputs["pixel_values"], grids, model.config)
+        control = features_of(model.model.visual, inputs["pixel_values"], [grids[0], (1, 8, 4)], model.config)
     else:
         name = (
             "BitImageProcessor" if "dinov2" in tower else {"clip": "CLIP", "siglip": "Siglip"}[tower] + "ImageProcessor"

@@ -102,7 +102,7 @@ class QwenMergeGraftPreTrainedModel(Qwen2_5_VL_MergePreTrainedModel):
     _no_split_modules = [
         "Qwen3DecoderLayer", "Qwen3MoeDecoderLayer", "Qwen2DecoderLayer", "Qwen2_5_VL_MergeVisionBlock",
         "Qwen2_5_VLVisionBlock", "Qwen2VLVisionBlock", "Qwen3VLVisionBlock", "CLIPEncoderLayer",
-        "SiglipEncoderLayer", "Dinov2Layer", "Dinov2WithRegistersLayer",
+        "SiglipEncoderLayer", "Siglip2EncoderLayer", "Dinov2Layer", "Dinov2WithRegistersLayer",
     ]  # fmt: skip
 
     @classmethod

@@ -91,7 +91,7 @@ def _add_files(companions: companion_files.Companions, recipe: Recipe, sources: 
 
     name, own = _own_processor(sources)
     settings = sources.vision.read_json(companion_files.PREPROCESSOR)
-    fixed = not sources.tower.is_native and recipe.vision.resolution != "interpolated"
+    fixed = not sources.tower.any_size and recipe.vision.resolution != "interpolated"
     least, most = pixels(recipe.vision)
     carried = ("image_mean", "image_std", "resample", "rescale_factor", "do_rescale", "do_normalize")
     values = {
