@@ -4,18 +4,17 @@
 
 A checkpoint's architecture then says which model it is; `--model_type` is not needed. What is registered:
 
-- the models `qwen_merge_graft` and `qwen2_5_vl_merge`, each with its freeze groups: vision tower, aligner (the projector)
-  and LLM, to which the head belongs;
+- the models `qwen_merge_graft` and `qwen2_5_vl_merge`, each with its freeze groups: vision tower, aligner (the
+  projector) and LLM, to which the head belongs;
 - the templates `qwen_merge_graft` and `qwen_merge`. Both are the ChatML of this kit's checkpoints, without a system
   prompt, and both take the numbers of the picture tokens from the checkpoint and count. ms-swift's own template has
   Qwen's numbers (151655, 151656) in its code: with any other vocabulary placeholders stay one token long, and training
-  goes on with pictures that are scattered over nothing. `--model_type qwen2_5_vl --template qwen_merge` is for checkpoints
-  of the stock architecture.
+  goes on with pictures that are scattered over nothing. `--model_type qwen2_5_vl --template qwen_merge` is for
+  checkpoints of the stock architecture.
 """
 
 from typing import Any
 
-from qwen_merge.architecture import register as register_architectures
 from swift.llm import (
     ModelMeta,
     MultiModelKeys,
@@ -29,6 +28,8 @@ from swift.llm.model.model.qwen import get_model_tokenizer_qwen2_5_vl
 from swift.llm.model.patcher import patch_get_input_embeddings
 from swift.llm.template.template.qwen import Qwen2_5VLTemplate, QwenTemplateMeta
 from swift.utils import get_env_args
+
+from qwen_merge.architecture import register as register_architectures
 
 GRAFT, MERGE, STOCK = "qwen_merge_graft", "qwen2_5_vl_merge", "qwen2_5_vl"
 TEMPLATE = "qwen_merge"
@@ -80,7 +81,7 @@ class QwenMergeTemplate(Qwen2_5VLTemplate):
 
 
 class QwenMergeGraftTemplate(QwenMergeTemplate):
-    """Pictures are cut by the graft's own processor, whatever its tower. MAX_PIXELS and MIN_PIXELS override its sizes."""
+    """Pictures are cut by the graft's own processor, whatever its tower. MAX_PIXELS and MIN_PIXELS override its own."""
 
     def init_env_args(self) -> None:
         super().init_env_args()
