@@ -93,6 +93,7 @@ def make_language_model(folder: Path, kind: str, tied: bool = False, dtype: str 
         model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**shared, **experts))
     else:
         del shared["head_dim"], shared["attention_bias"]
+        shared |= {"num_attention_heads": 2, "num_key_value_heads": 1}  # heads of 32: vLLM has no kernel for smaller
         model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**shared))
     draw(model, seed=7)
     model.to(getattr(torch, dtype)).save_pretrained(folder)

@@ -24,7 +24,7 @@ from vllm.multimodal.profiling import BaseDummyInputsBuilder
 
 from qwen_merge.architecture.projectors_qwen_merge_graft import projector_of
 from qwen_merge.architecture.towers_qwen_merge_graft import features_of, tower_of
-from qwen_merge.overlays.vllm import chat, positions
+from qwen_merge.overlays.vllm import chat, cpu, positions
 from qwen_merge.overlays.vllm.model import Qwen2_5_VL_MergeForConditionalGeneration
 
 LLMS = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "qwen2": "Qwen2ForCausalLM"}
@@ -121,6 +121,8 @@ class QwenMergeGraftForConditionalGeneration(Qwen2_5_VL_MergeForConditionalGener
         for parameter in (*self.visual.parameters(), *self.projector.parameters()):
             # Not `.to`, which would round the tower's rotary frequencies as well.
             parameter.data = parameter.data.to(vllm_config.model_config.dtype)
+        if config.text_config.model_type == "qwen3_moe":
+            cpu.take_the_kernel_for_experts()
         self.language_model = init_vllm_registered_model(
             vllm_config=vllm_config,
             prefix=maybe_prefix(prefix, "language_model"),
