@@ -16,6 +16,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 
+from .configuration_qwen2_5_vl_merge import with_torch_dtype
+
 # Towers that take any grid of patches; the others take pictures as a whole. The Auto classes know only whole models
 # under these names.
 NATIVE_TOWERS = {"qwen2_vl": Qwen2VLVisionConfig, "qwen2_5_vl": Qwen2_5_VLVisionConfig}
@@ -167,6 +169,11 @@ class QwenMergeGraftConfig(PretrainedConfig):
         if self.projector_config["kind"] == "resampler":
             return time * self.projector_config.get("queries", QUERIES)
         return time * (rows // self.merge_size) * (columns // self.merge_size)
+
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        with_torch_dtype(output, output["vision_config"], output["text_config"])
+        return output
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
         """Write `config.json`, and beside it the code that its `auto_map` names, and what that code imports."""

@@ -6,6 +6,7 @@ Which tensors a graft has is asked of its own class on PyTorch's meta device; wh
 
 import zlib
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ from qwen_merge.merger.sources import Source
 LLMS = ("qwen3", "qwen3_moe", "qwen2")
 # What a source's configuration says of the checkpoint and not of the model.
 _NOT_CARRIED = {"_name_or_path", "architectures", "auto_map", "torch_dtype", "dtype", "transformers_version"}
+LEFT_OUT = "the stock architecture has no place for q/k norms"
+NEW_PROJECTOR = ("projector.",)
 Found = dict[str, tuple[str, str, StoredTensor | None]]  # name on the disk -> (origin, source name, where it lies)
 
 
@@ -213,16 +216,29 @@ def graft_plan(sources: Sources, config) -> MergePlan:
     Raises:
         UserError: tensors that are missing, unknown, or of another shape.
     """
+    dropped: dict[str, Counter[str]] = {"vlm": Counter(), "llm": Counter()}
+    found = of_the_tower(sources, config.projector_config["kind"] == "extended", dropped["vlm"])
+    found.update(of_the_llm(sources, config.tie_word_embeddings, dropped["llm"]))
+    check_depth(config.text_config, config.vision_config, len(found))
+    tensors = joined(found, lambda: meta_model(config), config.tie_word_embeddings, NEW_PROJECTOR)
+    plan = MergePlan(config.to_dict(), tensors, {role: dict(count) for role, count in dropped.items()})
+    settle_dtype(plan)
+    return plan
+
+
+def joined(found: Found, make: Callable[[], Any], tied: bool, new: tuple[str, ...]) -> list[PlannedTensor]:
+    """Every tensor of a model with its source: the tower's, the LLM's, then those that are initialised.
+
+    found: what the sources have. make: gives the model on the meta device. tied: the head is the embedding. new: how
+    tensors begin or end that may be missing.
+
+    Raises:
+        UserError: tensors that are missing, unknown, or of another shape.
+    """
     from qwen_merge.architecture.modeling_qwen2_5_vl_merge import disk_name
 
-    keeps_merger = config.projector_config["kind"] == "extended"
-    dropped: dict[str, Counter[str]] = {"vlm": Counter(), "llm": Counter()}
-    found = _of_the_tower(sources, keeps_merger, dropped["vlm"])
-    found.update(_of_the_llm(sources, config.tie_word_embeddings, dropped["llm"]))
-
-    _check_depth(sources, config, len(found))
     try:
-        model = meta_model(config)
+        model = make()
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"the sources' config.json describe no model: {error!r}. Take complete checkpoints.") from None
     ones = {
@@ -234,11 +250,11 @@ def graft_plan(sources: Sources, config) -> MergePlan:
     tensors: dict[str, list[PlannedTensor]] = {"vlm": [], "llm": [], "new": []}
     for memory_name, parameter in model.state_dict().items():
         name, shape = disk_name(memory_name), tuple(parameter.shape)
-        if name == "lm_head.weight" and config.tie_word_embeddings:
+        if name == "lm_head.weight" and tied:
             continue
         origin, source_name, stored = found.pop(name, ("", "", None))
         if stored is None:
-            if not name.startswith("projector."):
+            if not (name.startswith(new) or name.endswith(new)):
                 problems.append(f"missing tensor {name}, expected shape {list(shape)}")
             stream = None if memory_name in ones else zlib.crc32(name.encode())
             tensors["new"].append(PlannedTensor(name, "", shape, "new", stream=stream))
@@ -256,18 +272,17 @@ def graft_plan(sources: Sources, config) -> MergePlan:
         raise UserError.from_list("the tensors of these checkpoints do not fit:", problems[:SHOWN] + more)
     for role in ("vlm", "llm"):
         tensors[role].sort(key=lambda tensor: (tensor.stored.file, tensor.stored.start))  # type: ignore[union-attr]
-    dtype = tensors["vlm"][0].dtype
-    new = [PlannedTensor(t.name, dtype, t.shape, "new", stream=t.stream) for t in tensors["new"]]
-    plan = MergePlan(
-        config.to_dict(), tensors["vlm"] + tensors["llm"] + new, {role: dict(count) for role, count in dropped.items()}
-    )
-    settle_dtype(plan)
-    return plan
+    drawn = [
+        PlannedTensor(
+            t.name, tensors["llm" if t.name.startswith("model.") else "vlm"][0].dtype, t.shape, "new", stream=t.stream
+        )
+        for t in tensors["new"]
+    ]
+    return tensors["vlm"] + tensors["llm"] + drawn
 
 
-def _check_depth(sources: Sources, config, tensors: int) -> None:
+def check_depth(text, vision, tensors: int) -> None:
     """More layers or experts than tensors: asked before so many are built."""
-    text, vision = config.text_config, config.vision_config
     counts = {f"the LLM's {name}": getattr(text, name, 0) for name in ("num_hidden_layers", "num_experts")}
     counts["the tower's depth"] = getattr(vision, "depth", getattr(vision, "num_hidden_layers", 0))
     for name, count in counts.items():
@@ -275,7 +290,7 @@ def _check_depth(sources: Sources, config, tensors: int) -> None:
             raise UserError(f"{name} is {count!r}, but there are only {tensors} tensors.")
 
 
-def _of_the_tower(sources: Sources, keeps_merger: bool, dropped: Counter[str]) -> Found:
+def of_the_tower(sources: Sources, keeps_merger: bool, dropped: Counter[str]) -> Found:
     tower, found = sources.tower, Found()
 
     def is_wanted(name: str) -> bool:
@@ -300,11 +315,14 @@ def _of_the_tower(sources: Sources, keeps_merger: bool, dropped: Counter[str]) -
     return found
 
 
-def _of_the_llm(sources: Sources, tied: bool, dropped: Counter[str]) -> Found:
+def of_the_llm(sources: Sources, tied: bool, dropped: Counter[str], left_out: tuple[str, ...] = ()) -> Found:
+    """left_out: how names end for which the result has no place."""
     found = Found()
     for name, stored in sources.llm.read_tensors().items():
         if name == "lm_head.weight" and tied:
             dropped["the head is tied to the embeddings"] += 1
+        elif name.endswith(left_out or ("\0",)):
+            dropped[LEFT_OUT] += 1
         else:
             found[name] = ("llm", name, stored)
     return found

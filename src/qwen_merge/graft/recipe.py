@@ -22,6 +22,8 @@ from qwen_merge.errors import UserError
 PIXELS = (56 * 56, 512 * 512)  # as training's image_max_pixels
 KINDS = ("extended", "patch_merger", "linear", "mlp", "resampler")
 POSITIONS = ("mrope", "mrope-2d", "1d")
+STOCK = "qwen2_5_vl"
+ARCHITECTURES = ("qwen_merge_graft", STOCK)
 # Settings of a projector beside its kind, and what each must be at least.
 SETTINGS: dict[str, dict[str, int]] = {
     "extended": {},
@@ -68,7 +70,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole file. projector: `kind` and its settings."""
+    """A whole file. projector: `kind` and its settings. architecture: the result's `model_type` (`stock.py`)."""
 
     vision: Vision
     projector: dict[str, Any]
@@ -79,6 +81,7 @@ class Recipe:
     tokens: Tokens = field(default_factory=Tokens)
     seed: int = 42
     max_shard_size: str = "5GB"
+    architecture: str = ARCHITECTURES[0]
 
 
 def pixels(vision: Vision) -> tuple[int, int]:
@@ -123,6 +126,9 @@ def _recipe(content: Any, path: Path, problems: list[str]) -> Recipe | None:
     if not isinstance(output, str) or not output or "\0" in output:
         problems.append(f"output is {output!r}; expected the path of a new directory")
     positions, section = content.get("positions", "mrope"), content.get("mrope_section")
+    architecture = content.get("architecture", ARCHITECTURES[0])
+    if architecture not in ARCHITECTURES:
+        problems.append(f"architecture is {architecture!r}; expected one of {', '.join(ARCHITECTURES)}")
     if positions not in POSITIONS:
         problems.append(f"positions is {positions!r}; expected one of {', '.join(POSITIONS)}")
     if section is not None:
@@ -145,9 +151,8 @@ def _recipe(content: Any, path: Path, problems: list[str]) -> Recipe | None:
     if problems or vision is None or llm is None or tokens is None:
         return None
     section = tuple(section) if section is not None else None
-    return Recipe(
-        vision, projector, llm, Path(os.path.expanduser(str(output))), positions, section, tokens, seed, str(size)
-    )
+    output = Path(os.path.expanduser(str(output)))
+    return Recipe(vision, projector, llm, output, positions, section, tokens, seed, str(size), architecture)
 
 
 def _part(kind: type, content: Any, name: str, problems: list[str]) -> Any:

@@ -7,7 +7,7 @@ of them by a file of the same name.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,8 +41,10 @@ class Companions:
     notes: list[str] = field(default_factory=list)
 
 
-def gather(vlm: Source, llm: Source, overrides: Mapping[str, bytes]) -> Companions:
+def gather(vlm: Source, llm: Source, overrides: Mapping[str, bytes], code: Sequence[Path] = CODE_FILES) -> Companions:
     """Read and adapt all companion files. Writes nothing. overrides: as `read_materials` gives them.
+
+    code: the modules that travel with the checkpoint.
 
     Raises:
         UserError: no tokenizer or preprocessor where one is expected.
@@ -52,7 +54,7 @@ def gather(vlm: Source, llm: Source, overrides: Mapping[str, bytes]) -> Companio
     for name in sorted(companions.files):
         if name.endswith(".json") and name != "tokenizer.json":  # that was read for its tokens, and may be large
             _decode(companions.files[name], name)
-    for path in CODE_FILES:
+    for path in code:
         companions.files[path.name] = path.read_bytes()
     return companions
 
