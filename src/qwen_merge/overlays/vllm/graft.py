@@ -122,7 +122,7 @@ class QwenMergeGraftForConditionalGeneration(Qwen2_5_VL_MergeForConditionalGener
             # Not `.to`, which would round the tower's rotary frequencies as well.
             parameter.data = parameter.data.to(vllm_config.model_config.dtype)
         if config.text_config.model_type == "qwen3_moe":
-            cpu.take_the_kernel_for_experts()
+            cpu.leave_experts_uncompiled(vllm_config)
         self.language_model = init_vllm_registered_model(
             vllm_config=vllm_config,
             prefix=maybe_prefix(prefix, "language_model"),
