@@ -65,3 +65,11 @@ def tied(tmp_path_factory) -> Sources:
 def untied(tmp_path_factory) -> Sources:
     """As Qwen3-8B: a head of its own."""
     return Sources(tmp_path_factory.mktemp("untied"), tied=False)
+
+
+@pytest.fixture(scope="session")
+def graft(tmp_path_factory):
+    """Makes a graft once a session: (tower, projector, LLM, positions) -> its folder."""
+    from grafts import Grafts
+
+    return Grafts(tmp_path_factory.mktemp("grafts"))

@@ -1,10 +1,12 @@
 """Tiny source checkpoints of every tower and LLM that a graft can be made of: real architectures, random weights.
 
-vision = make_tower(tmp_path / "siglip", "siglip")
-llm = make_language_model(tmp_path / "moe", "qwen3_moe")
+    vision = make_tower(tmp_path / "siglip", "siglip")
+    llm = make_language_model(tmp_path / "moe", "qwen3_moe")
+    checkpoint = Grafts(tmp_path)("siglip", "mlp", "qwen3_moe", "mrope")
 """
 
 import json
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from checkpoints import (
     make_llm,
     make_tokenizer,
     make_vlm,
+    random_weights,
     save_weights,
     write_json,
 )
@@ -127,8 +130,9 @@ def make_language_model(folder: Path, kind: str, tied: bool = False, dtype: str 
         model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**shared, **experts))
     else:
         del shared["head_dim"], shared["attention_bias"]
+        shared |= {"num_attention_heads": 2, "num_key_value_heads": 1}  # heads of 32: vLLM has no kernel for smaller
         model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**shared))
-    draw(model, seed=7)
+    model.load_state_dict(random_weights(model, "float32", seed=7))
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     make_tokenizer(folder)
     return folder
@@ -208,3 +212,48 @@ def write_recipe(path: Path, tower: Path, kind: str, language_model: Path, outpu
     }
     path.write_text(yaml.safe_dump(content), encoding="utf-8")
     return path
+
+
+class Grafts:
+    """Tiny grafts, each made once: a folder with their sources, named by their kinds."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        for kind in TOWERS:
+            if not (folder / kind).exists():
+                make_tower(folder / kind, kind)
+        for number, kind in enumerate(LLMS):
+            if not (folder / kind).exists():
+                make_language_model(folder / kind, kind, tied=number == 0)
+
+    def __call__(self, tower: str, projector: str, llm: str, positions: str, name: str = "", **values: Any) -> Path:
+        """Its checkpoint. name: tells it from others of these kinds; values: more of the recipe.
+
+        Raises:
+            UserError: there is no such graft.
+        """
+        from qwen_merge.graft.make import make
+        from qwen_merge.graft.recipe import read
+
+        output = self.folder / "-".join(filter(None, (tower, projector, llm, positions, name)))
+        if not output.exists():
+            file = self.folder / f"{output.name}.yaml"
+            sources = (self.folder / tower, projector, self.folder / llm)
+            make(read(write_recipe(file, *sources, output, positions=positions, **values)))
+        return output
+
+
+def with_projector(checkpoint: Path, target: Path, seed: int) -> Path:
+    """A copy whose projector is drawn wide, so that each picture changes what the LLM says, and by `seed`."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(checkpoint, target)
+    weights = load_file(target / "model.safetensors")
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in weights.items():
+        if name.startswith("projector.") and weight.ndim > 1:
+            noise = torch.randn(weight.shape, generator=generator)
+            weights[name] = (2 * noise * weight[0].numel() ** -0.5).to(weight.dtype)
+    save_file(weights, target / "model.safetensors", {"format": "pt"})
+    return target
