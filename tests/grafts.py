@@ -1,8 +1,8 @@
 """Tiny source checkpoints of every tower and LLM that a graft can be made of: real architectures, random weights.
 
-    vision = make_tower(tmp_path / "siglip", "siglip")
-    llm = make_language_model(tmp_path / "moe", "qwen3_moe")
-    checkpoint = Grafts(tmp_path)("siglip", "mlp", "qwen3_moe", "mrope")
+vision = make_tower(tmp_path / "siglip", "siglip")
+llm = make_language_model(tmp_path / "moe", "qwen3_moe")
+checkpoint = Grafts(tmp_path)("siglip", "mlp", "qwen3_moe", "mrope")
 """
 
 import shutil

@@ -1,4 +1,4 @@
-"""Grafts in vLLM against transformers: greedy tokens, float32, on the CPU's V1 engine; every kind of part at least once.
+"""Grafts in vLLM against transformers: greedy tokens, float32, on the CPU's V1 engine; every kind of part once.
 
 The whole product of towers, projectors and LLMs is `tests/support_table.py`'s.
 """
