@@ -1,4 +1,4 @@
-"""A graft whose tower is not Qwen's, served, asked and evaluated: pictures of one size, their checks, three back ends."""
+"""A graft whose tower is not Qwen's, served, asked and evaluated: pictures of one size, their checks, all back ends."""
 
 import base64
 import importlib.util
