@@ -73,3 +73,9 @@ def graft(tmp_path_factory):
     from grafts import Grafts
 
     return Grafts(tmp_path_factory.mktemp("grafts"))
+
+
+@pytest.fixture(scope="session")
+def sources(graft) -> Path:
+    """A folder for each tower and LLM, by its name."""
+    return graft.folder

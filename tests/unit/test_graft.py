@@ -49,12 +49,6 @@ PAIRS = (
 )
 
 
-@pytest.fixture(scope="session")
-def sources(graft) -> Path:
-    """A folder for each tower and LLM, by its name."""
-    return graft.folder
-
-
 def load(folder: Path):
     return AutoModelForImageTextToText.from_pretrained(folder).eval()
 

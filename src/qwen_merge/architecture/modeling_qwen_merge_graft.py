@@ -40,8 +40,8 @@ class GraftQwen3Model(MRopeDecoder, Qwen3Model):
     pass
 
 
-# Where a forward leaves what its routers said, if its configuration has `output_router_logits`: Qwen2_5_VLModel's result
-# has no place for it.
+# Where a forward leaves what its routers said, if its configuration has `output_router_logits`: the result of
+# Qwen2_5_VLModel has no place for it.
 _ROUTERS: ContextVar[list | None] = ContextVar("routers", default=None)
 
 
@@ -205,7 +205,7 @@ class QwenMergeGraftForConditionalGeneration(QwenMergeGraftPreTrainedModel, Qwen
 
     @wraps(Qwen2_5_VL_MergeForConditionalGeneration.forward)
     def forward(self, *args, labels=None, **kwargs):
-        """As in `qwen2_5_vl_merge`; the loss has Qwen3-MoE's router loss in it, where the text's configuration says so."""
+        """As in `qwen2_5_vl_merge`; Qwen3-MoE's router loss is in the loss where the text's configuration says so."""
         routers: list[torch.Tensor] = []
         token = _ROUTERS.set(routers)
         try:

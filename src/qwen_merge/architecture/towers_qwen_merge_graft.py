@@ -59,9 +59,9 @@ def _qwen3_vl(vision) -> nn.Module:
 class PictureTower:
     """In front of a tower that takes whole pictures: pictures of all sizes in one call.
 
-    ZeRO-3 gathers weights call by call. With a call for each size, a rank whose pictures have fewer sizes than another's
-    would gather less often, and both wait for ever. A trainer sees by `gathers_as_one` that all of it is gathered at
-    once (DeepSpeed's leaf modules).
+    ZeRO-3 gathers weights call by call. With a call for each size, a rank whose pictures have fewer sizes than those of
+    another would gather less often, and both wait for ever. A trainer sees by `gathers_as_one` that all of it is to be
+    gathered at once (DeepSpeed's leaf modules).
     """
 
     gathers_as_one = True
