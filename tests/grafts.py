@@ -95,6 +95,7 @@ def make_tower(folder: Path, kind: str, dtype: str = "float32") -> Path:
         vision = {"depth": 2, "embed_dim": 32, "hidden_size": 48, "num_heads": 2, "mlp_ratio": 2}
         text = {name: VLM_CONFIG[name] for name in ("intermediate_size", "num_hidden_layers", "vocab_size")}
         text |= {"hidden_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1}
+        text |= {name: VLM_CONFIG[name] for name in VLM_CONFIG if name.endswith("token_id")}
         text["rope_scaling"] = {"type": "mrope", "mrope_section": [4, 4, 4]}
         config = transformers.Qwen2VLConfig(**text, vision_config=vision, tie_word_embeddings=False)
         model = transformers.Qwen2VLForConditionalGeneration(config)

@@ -280,7 +280,7 @@ def test_a_conversation_with_a_picture(graft):
     assert (inputs["input_ids"] == processor.image_token_id).sum() == 4
     text = processor.apply_chat_template(conversation, add_generation_prompt=True)
     assert torch.equal(processor(text=text, images=[picture], return_tensors="pt")["input_ids"], inputs["input_ids"])
-    with pytest.raises(ValueError, match="no videos and no audio"):
+    with pytest.raises(ValueError, match="takes pictures and no videos"):
         processor(text="", videos=[[picture]])
 
 

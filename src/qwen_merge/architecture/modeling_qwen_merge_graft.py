@@ -171,7 +171,9 @@ class QwenMergeGraftModel(QwenMergeGraftPreTrainedModel, Qwen2_5_VL_MergeModel):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Positions (3, batch, tokens), and what is to be added to a token's number behind the prompt (batch, 1).
 
-        Qwen2.5-VL's own for tokens that lie on a grid under M-RoPE; a text's for the others, three times the same.
+        Qwen2.5-VL's own for tokens that lie on a grid under M-RoPE; a text's for the others, three times the same. A
+        video's time is counted in seconds behind Qwen2.5-VL's tower, else in patches of frames. For Qwen3-VL's LLM its
+        frames stand in the text one by one, like pictures.
         """
         vision = SimpleNamespace(
             spatial_merge_size=self.config.merge_size,
@@ -180,6 +182,11 @@ class QwenMergeGraftModel(QwenMergeGraftPreTrainedModel, Qwen2_5_VL_MergeModel):
         tokens = ("image_token_id", "video_token_id", "vision_start_token_id")
         names = {name: getattr(self.config, name) for name in tokens}
         asked = SimpleNamespace(config=SimpleNamespace(vision_config=vision, **names))
+        if not hasattr(self.config.vision_config, "tokens_per_second"):
+            second_per_grid_ts = None
+        if self.config.mrope_interleaved and video_grid_thw is not None:
+            video_grid_thw = video_grid_thw.repeat_interleave(video_grid_thw[:, 0], dim=0).clone()
+            video_grid_thw[:, 0], second_per_grid_ts = 1, None
         grids = (image_grid_thw, video_grid_thw, second_per_grid_ts)
         if self.config.positions == "1d" or self.config.projector_config["kind"] == "resampler":
             grids = (None, None, None)

@@ -113,6 +113,7 @@ def _add_files(companions: companion_files.Companions, recipe: Recipe, sources: 
         "processor_class": "QwenMergeGraftProcessor",
         "auto_map": {"AutoProcessor": AUTO_MAP["AutoProcessor"]},
         **{f"{name}_token": spelling for name, spelling in vars(recipe.tokens).items()},
+        "timestamps": config.mrope_interleaved,
     }
     companions.files[PROCESSOR] = companion_files.encode(processor)
     _spell_tokens(companions, recipe.tokens)
