@@ -183,6 +183,13 @@ def test_a_save_keeps_names_and_bits(graft, tmp_path):
     assert torch.equal(load(tmp_path / "saved")(**seen(folder)).logits, load(folder)(**seen(folder)).logits)
 
 
+def test_sections_that_cannot_take_turns(sources, tmp_path, capsys):
+    parts = (tmp_path / "graft.yaml", sources / "siglip", "linear", sources / "qwen3_vl", tmp_path / "out")
+    for section, code in (([4, 6, 6], 2), ([8, 4, 4], 0)):
+        assert cli.main(["graft", "--plan", str(grafts.write_recipe(*parts, mrope_section=section))]) == code
+        assert ("height and width have at most a third each" in capsys.readouterr().err) == (code == 2)
+
+
 @pytest.mark.parametrize(
     ("tower", "projector", "llm", "vision", "message"),
     [

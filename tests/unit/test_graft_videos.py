@@ -1,5 +1,6 @@
 """Videos through a graft's processor: the patches, placeholders and numbers that the towers' own VLMs have."""
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2VLImageProcessor
@@ -44,6 +45,17 @@ def test_videos_and_pictures(graft, sources, tower):
     answer = model.generate(**inputs, max_new_tokens=4, do_sample=False, eos_token_id=None)
     whole = dict(inputs, input_ids=answer, attention_mask=torch.ones_like(answer))
     assert torch.equal(model(**whole).logits[0, -5:-1].argmax(-1), answer[0, -4:])
+
+
+def test_a_video_alone_in_lists_and_as_an_array(graft):
+    processor = AutoProcessor.from_pretrained(graft("qwen2_5_vl", "mlp", "qwen3", "mrope"))
+    frames = video(4)
+    array = np.stack([np.array(frame) for frame in frames])
+    seen = [
+        processor(videos=given)["pixel_values_videos"] for given in (frames, [frames], [[frames]], array, [[array]])
+    ]
+    assert all(np.array_equal(seen[0], other) for other in seen[1:])
+    assert not np.array_equal(seen[0], processor(videos=frames[::-1])["pixel_values_videos"])  # the control
 
 
 @pytest.mark.parametrize(("tower", "counts_seconds"), [("qwen2_5_vl", True), ("qwen2_vl", False)])

@@ -182,7 +182,7 @@ class QwenMergeGraftProcessor(ProcessorMixin):
         if images is not None:
             seen.update(self.image_processor(images=images, return_tensors=return_tensors, **bounds))
         if videos is not None:
-            videos = [videos] if hasattr(videos[0], "convert") or getattr(videos[0], "ndim", 0) == 3 else videos
+            videos = one_by_one(videos)
             seen.update(self.image_processor.of_videos(videos, return_tensors, **bounds))
             rates = list(fps) if isinstance(fps, (list, tuple)) else [fps] * len(videos)
             seen["second_per_grid_ts"] = [self.image_processor.temporal_patch_size / rate for rate in rates]
@@ -228,6 +228,19 @@ class QwenMergeGraftProcessor(ProcessorMixin):
     def model_input_names(self):
         videos = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
         return [*self.tokenizer.model_input_names, "pixel_values", "image_grid_thw", *videos]
+
+
+def one_by_one(videos) -> list:
+    """Videos, each its frames: of one alone, of a list of them, and of a list for each conversation."""
+    if hasattr(videos[0], "convert") or getattr(videos[0], "ndim", 0) == 3:
+        return [videos]
+    found: list = []
+    for video in videos:
+        several = isinstance(video, (list, tuple)) and (
+            isinstance(video[0], (list, tuple)) or getattr(video[0], "ndim", 0) == 4
+        )
+        found.extend(video if several else [video])
+    return found
 
 
 def expanded(texts: list[str], token: str, written: list[str], what: str) -> list[str]:
