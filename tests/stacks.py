@@ -23,6 +23,8 @@ NEEDS_FIRST_STACK = {
     "unit/test_data_check.py": LLAMAFACTORY,
     "unit/test_data_show.py::test_every_row_is_there_with*": LLAMAFACTORY,
     "unit/test_data_show.py::test_a_set_of_which_no_row_can_be*": LLAMAFACTORY,
+    "unit/test_graft_parts.py": LLAMAFACTORY,
+    "integration/test_graft_training.py": LLAMAFACTORY,
     "unit/test_layer_checkpointing.py": LLAMAFACTORY,
     "unit/test_templates.py": LLAMAFACTORY,
     "unit/test_training_and_inference.py": LLAMAFACTORY,

@@ -220,7 +220,7 @@ class QwenMergeGraftForConditionalGeneration(QwenMergeGraftPreTrainedModel, Qwen
         finally:
             _ROUTERS.reset(token)
         if routers and labels is not None:
-            text = self.config.text_config
+            text = self.model.language_model.config
             counts = (text.num_experts, text.num_experts_per_tok)
             added = load_balancing_loss_func(tuple(routers), *counts, kwargs.get("attention_mask"))
             outputs["loss"] = outputs["loss"] + text.router_aux_loss_coef * added.to(outputs["loss"].device)
