@@ -81,12 +81,17 @@ class QwenMergeTemplate(Qwen2_5VLTemplate):
 
 
 class QwenMergeGraftTemplate(QwenMergeTemplate):
-    """Pictures are cut by the graft's own processor, whatever its tower. MAX_PIXELS and MIN_PIXELS override its own."""
+    """Pictures are cut by the graft's own processor, whatever its tower.
+
+    MAX_PIXELS and MIN_PIXELS make them smaller than the checkpoint says, never larger: a server has memory for the
+    checkpoint's own size, and what is trained must be what is served.
+    """
 
     def init_env_args(self) -> None:
         super().init_env_args()
-        bounds = {name: get_env_args(name, int, None) for name in ("min_pixels", "max_pixels")}
-        self.bounds = {name: value for name, value in bounds.items() if value is not None}
+        largest = self.processor.image_processor.size["longest_edge"]
+        asked = {name: get_env_args(name, int, None) for name in ("min_pixels", "max_pixels")}
+        self.bounds = {name: min(value, largest) for name, value in asked.items() if value is not None}
 
     def replace_tag(self, media_type, index, inputs) -> list[str]:
         if media_type != "image":
