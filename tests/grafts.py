@@ -1,8 +1,8 @@
 """Tiny source checkpoints of every tower and LLM that a graft can be made of: real architectures, random weights.
 
-    vision = make_tower(tmp_path / "siglip", "siglip")
-    llm = make_language_model(tmp_path / "moe", "qwen3_moe")
-    checkpoint = Grafts(tmp_path)("siglip", "mlp", "qwen3_moe", "mrope")
+vision = make_tower(tmp_path / "siglip", "siglip")
+llm = make_language_model(tmp_path / "moe", "qwen3_moe")
+checkpoint = Grafts(tmp_path)("siglip", "mlp", "qwen3_moe", "mrope")
 """
 
 import shutil
@@ -23,6 +23,7 @@ PROJECTORS: dict[str, dict[str, Any]] = {
     "mlp": {"merge_size": 2},
     "resampler": {"queries": 16, "heads": 2},
 }
+PROMPT = "<|vision_start|><|image_pad|><|vision_end|>What is it?"
 SIZE = 56  # pixels on the side of a picture, for towers that take one size
 _VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 14, "image_size": SIZE}
 _TEXT = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20}
@@ -146,7 +147,6 @@ class Grafts:
 
 def with_projector(checkpoint: Path, target: Path, seed: int) -> Path:
     """A copy whose projector is drawn wide, so that each picture changes what the LLM says, and by `seed`."""
-    import torch
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(checkpoint, target)
@@ -158,3 +158,36 @@ def with_projector(checkpoint: Path, target: Path, seed: int) -> Path:
             weights[name] = (2 * noise * weight[0].numel() ** -0.5).to(weight.dtype)
     save_file(weights, target / "model.safetensors", {"format": "pt"})
     return target
+
+
+def pictures(*sizes: tuple[int, int]) -> list:
+    """Noise of these (width, height)."""
+    import numpy as np
+    from PIL import Image
+
+    dice = np.random.default_rng(0)
+    return [Image.fromarray(dice.integers(0, 256, (height, width, 3), np.uint8)) for width, height in sizes]
+
+
+def losses_alone_and_packed(model, processor) -> tuple[float, float, float]:
+    """The loss of three samples one by one, in one row, and in one row without saying where they begin."""
+    samples = []
+    for number, text in enumerate((PROMPT, "Hello there.", PROMPT + PROMPT)):
+        images = pictures(*[(56, 56)] * text.count("<|image_pad|>")) or None
+        inputs = processor(text=[text], images=images, return_tensors="pt")
+        labels = inputs["input_ids"].masked_fill(inputs["input_ids"] >= 320, -100)
+        labels[:, 0] = -100
+        positions, _ = model.model.get_rope_index(inputs["input_ids"], inputs.get("image_grid_thw"), None, None, None)
+        pixels = {
+            name: inputs[name] + number * ("pixel" in name) for name in inputs if "pixel" in name or "grid" in name
+        }
+        samples.append({"input_ids": inputs["input_ids"], "labels": labels, "position_ids": positions, **pixels})
+    counts = [int((sample["labels"] != -100).sum()) for sample in samples]
+    losses = [model(**sample).loss for sample in samples]
+    alone = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
+    ends = torch.tensor([0, *[sample["input_ids"].shape[1] for sample in samples]]).cumsum(0).int()
+    row = {name: torch.cat([s[name] for s in samples], -1) for name in ("input_ids", "labels", "position_ids")}
+    row |= {name: torch.cat([s[name] for s in samples if name in s]) for name in ("pixel_values", "image_grid_thw")}
+    longest = int(ends.diff().max())
+    offsets = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+    return alone.item(), model(**row, **offsets).loss.item(), model(**row).loss.item()

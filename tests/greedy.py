@@ -22,6 +22,24 @@ from safetensors.torch import load_file, save_file
 from qwen_merge.architecture import register
 from training import REPOSITORY
 
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+LONG = "Read the number in the picture, then count the shapes and name their colours. "
+
+
+def picture_requests(folder: Path) -> dict[str, dict]:
+    """One text and three ways of showing pictures, of two sizes; they are written to `folder`."""
+    noise, pictures = np.random.default_rng(0), []
+    for number, (width, height) in enumerate(((84, 84), (140, 56))):
+        picture = Image.fromarray(noise.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        pictures.append(str(folder / f"{number}.png"))
+        picture.save(pictures[-1])
+    return {
+        "text": {"prompt": "Answer with one word."},
+        "one picture": {"prompt": f"{IMAGE}What colour is the shape?", "images": pictures[:1]},
+        "two pictures": {"prompt": f"{IMAGE} and {IMAGE}: which is larger?", "images": pictures},
+        "picture after a long text": {"prompt": f"{LONG * 4}{IMAGE}What is it?", "images": pictures[1:]},
+    }
+
 
 def by_transformers(checkpoint: Path, requests: dict[str, dict], adapter: Path | None = None) -> dict[str, list[int]]:
     """Greedy tokens of each request alone."""

@@ -2,34 +2,24 @@
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from greedy import by_transformers, by_vllm, make_adapter, tokens_of, with_names_of_memory
+from greedy import LONG, by_transformers, by_vllm, make_adapter, picture_requests, tokens_of, with_names_of_memory
 from qwen_merge.merger.merge import MergeOptions, merge
 
 pytestmark = pytest.mark.slow
 
-IMAGE, VIDEO = "<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>"
-LONG = "Read the number in the picture, then count the shapes and name their colours. " * 6
-PICTURE, TEXT = "one picture", "text"
+VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 
 
 @pytest.fixture(scope="session")
 def requests(tmp_path_factory) -> dict[str, dict]:
     """Name -> request as tests/vllm_jobs.py takes it."""
     folder = tmp_path_factory.mktemp("media")
-    noise = np.random.default_rng(0)
-    for i, (width, height) in enumerate(((84, 84), (140, 56))):
-        Image.fromarray(noise.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-    np.save(folder / "clip.npy", noise.integers(0, 256, (6, 56, 84, 3), dtype=np.uint8))
-    pictures, clip = [str(folder / "0.png"), str(folder / "1.png")], [str(folder / "clip.npy")]
+    np.save(folder / "clip.npy", np.random.default_rng(0).integers(0, 256, (6, 56, 84, 3), dtype=np.uint8))
     return {
-        TEXT: {"prompt": "Answer with one word."},
-        PICTURE: {"prompt": f"{IMAGE}What colour is the shape?", "images": pictures[:1]},
-        "two pictures": {"prompt": f"{IMAGE} and {IMAGE}: which is larger?", "images": pictures},
-        "video": {"prompt": f"{VIDEO}Describe it.", "videos": clip},
-        "long text": {"prompt": LONG},
-        "picture after a long text": {"prompt": f"{LONG}{IMAGE}What is it?", "images": pictures[1:]},
+        **picture_requests(folder),
+        "video": {"prompt": f"{VIDEO}Describe it.", "videos": [str(folder / "clip.npy")]},
+        "long text": {"prompt": LONG * 6},
     }
 
 

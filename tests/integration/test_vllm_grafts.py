@@ -1,20 +1,15 @@
-"""Grafts in vLLM against transformers: greedy tokens, float32, on the CPU's V1 engine; every kind of part at least once.
+"""Grafts in vLLM against transformers: greedy tokens, float32, on the CPU's V1 engine; every kind of part once.
 
 The whole product of towers, projectors and LLMs is `tests/support_table.py`'s.
 """
 
-import numpy as np
 import pytest
-from PIL import Image
 
 import grafts
-from greedy import by_transformers, by_vllm, make_adapter, tokens_of, with_names_of_memory
+from greedy import by_transformers, by_vllm, make_adapter, picture_requests, tokens_of, with_names_of_memory
 
 pytestmark = pytest.mark.slow
 
-IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
-LONG = "Read the number in the picture, then count the shapes and name their colours. " * 4
-TEXT = "text"
 # Every tower, projector, LLM and numbering.
 COVERING = (
     ("qwen2_5_vl", "extended", "qwen3_moe", "mrope"),
@@ -33,20 +28,7 @@ MAIN, UNTIED = COVERING[4], COVERING[2]
 
 @pytest.fixture(scope="session")
 def requests(tmp_path_factory) -> dict[str, dict]:
-    """Name -> request as tests/vllm_jobs.py takes it."""
-    folder = tmp_path_factory.mktemp("pictures")
-    noise = np.random.default_rng(0)
-    pictures = []
-    for number, (width, height) in enumerate(((84, 84), (140, 56))):
-        picture = Image.fromarray(noise.integers(0, 256, (height, width, 3), dtype=np.uint8))
-        pictures.append(str(folder / f"{number}.png"))
-        picture.save(pictures[-1])
-    return {
-        TEXT: {"prompt": "Answer with one word."},
-        "one picture": {"prompt": f"{IMAGE}What colour is the shape?", "images": pictures[:1]},
-        "two pictures": {"prompt": f"{IMAGE} and {IMAGE}: which is larger?", "images": pictures},
-        "picture after a long text": {"prompt": f"{LONG}{IMAGE}What is it?", "images": pictures[1:]},
-    }
+    return picture_requests(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="session")
@@ -109,7 +91,7 @@ def test_the_prefix_cache_is_hit(answers, requests):
 
 def test_control_another_projector_gives_other_tokens_for_every_picture(answers, requests):
     ours, others = (tokens_of(requests, answers[name][0]) for name in ("-".join(MAIN), "other projector"))
-    assert {name for name in requests if ours[name] != others[name]} == requests.keys() - {TEXT}
+    assert {name for name in requests if ours[name] != others[name]} == requests.keys() - {"text"}
 
 
 def test_the_names_of_memory_load_too_and_chunks_cut_pictures(answers, requests):

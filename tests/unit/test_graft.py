@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -14,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 import grafts
+from grafts import PROMPT, pictures
 from qwen_merge import cli
 from qwen_merge.architecture import register
 from qwen_merge.architecture.projectors_qwen_merge_graft import in_rows, in_units
@@ -21,7 +21,6 @@ from qwen_merge.architecture.towers_qwen_merge_graft import features_of
 
 register()
 
-PROMPT = "<|vision_start|><|image_pad|><|vision_end|>What is it?"
 # Every tower, projector, LLM and numbering at least once, and all projectors before one LLM.
 PAIRS = (
     ("siglip", "linear", "qwen3", "mrope"),
@@ -50,11 +49,6 @@ def sources(graft) -> Path:
 
 def load(folder: Path):
     return AutoModelForImageTextToText.from_pretrained(folder).eval()
-
-
-def pictures(*sizes: tuple[int, int]) -> list[Image.Image]:
-    dice = np.random.default_rng(0)
-    return [Image.fromarray(dice.integers(0, 256, (height, width, 3), np.uint8)) for width, height in sizes]
 
 
 @pytest.mark.parametrize(("tower", "projector", "llm", "positions"), PAIRS)
@@ -236,27 +230,9 @@ def test_the_code_travels_with_the_checkpoint(graft, tmp_path):
 def test_packed_samples_see_nothing_of_each_other(graft, projector):
     folder = graft("siglip", projector, "qwen3", "mrope")
     model, processor = load(folder).train(), AutoProcessor.from_pretrained(folder)
-    samples = []
-    for number, text in enumerate((PROMPT, "Hello there.", PROMPT + PROMPT)):
-        images = pictures(*[(56, 56)] * text.count("<|image_pad|>")) or None
-        inputs = processor(text=text, images=images, return_tensors="pt")
-        labels = inputs["input_ids"].masked_fill(inputs["input_ids"] >= 320, -100)
-        labels[:, 0] = -100
-        positions, _ = model.model.get_rope_index(inputs["input_ids"], inputs.get("image_grid_thw"), None, None, None)
-        pixels = {
-            name: inputs[name] + number * ("pixel" in name) for name in inputs if "pixel" in name or "grid" in name
-        }
-        samples.append({"input_ids": inputs["input_ids"], "labels": labels, "position_ids": positions, **pixels})
-    counts = [int((sample["labels"] != -100).sum()) for sample in samples]
-    losses = [model(**sample).loss for sample in samples]
-    expected = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
-    ends = torch.tensor([0, *[sample["input_ids"].shape[1] for sample in samples]]).cumsum(0).int()
-    row = {name: torch.cat([s[name] for s in samples], -1) for name in ("input_ids", "labels", "position_ids")}
-    row |= {name: torch.cat([s[name] for s in samples if name in s]) for name in ("pixel_values", "image_grid_thw")}
-    longest = int(ends.diff().max())
-    offsets = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
-    assert model(**row, **offsets).loss.item() == pytest.approx(expected.item(), abs=1e-5)
-    assert abs(model(**row).loss.item() - expected.item()) > 1e-3  # the control
+    alone, packed, control = grafts.losses_alone_and_packed(model, processor)
+    assert packed == pytest.approx(alone, abs=1e-5)
+    assert abs(control - alone) > 1e-3
 
 
 def test_experts_take_no_packed_rows(graft):

@@ -49,7 +49,7 @@ def a_graft_s_tokens_are_numbered_by_its_projector() -> None:
     from qwen_merge.overlays.vllm import GRAFT
 
     config = _CONFIG_REGISTRY[GRAFT](projector_config={"kind": "mlp", "merge_size": 1}, image_token_id=5)
-    _require("mrope_section" in config.text_config.rope_scaling, "vLLM would take the graft's LLM for one without M-RoPE")
+    _require("mrope_section" in config.text_config.rope_scaling, "vLLM would find no M-RoPE in a graft")
     if hasattr(MRotaryEmbedding, "get_input_positions_tensor"):  # vLLM 0.9.1
         tokens = [1, config.vision_start_token_id, *[5] * 6, 2]
         positions, delta = MRotaryEmbedding.get_input_positions_tensor(tokens, config, [[1, 2, 3]], [], [])
