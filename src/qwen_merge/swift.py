@@ -7,10 +7,10 @@ A checkpoint's architecture then says which model it is; `--model_type` is not n
 - the models `qwen_merge_graft` and `qwen2_5_vl_merge`, each with its freeze groups: vision tower, aligner (the
   projector) and LLM, to which the head belongs;
 - the templates `qwen_merge_graft` and `qwen_merge`. Both are the ChatML of this kit's checkpoints, without a system
-  prompt, and both take the numbers of the picture tokens from the checkpoint and count. ms-swift's own template has
-  Qwen's numbers (151655, 151656) in its code: with any other vocabulary placeholders stay one token long, and training
-  goes on with pictures that are scattered over nothing. `--model_type qwen2_5_vl --template qwen_merge` is for
-  checkpoints of the stock architecture.
+  prompt and with answers as the rows have them (no empty thought is put in front). Both take the numbers of the picture
+  tokens from the checkpoint and count. ms-swift's own template has Qwen's numbers (151655, 151656) in its code: with any
+  other vocabulary placeholders stay one token long, and training goes on with pictures that are scattered over nothing.
+  `--model_type qwen2_5_vl --template qwen_merge` is for checkpoints of the stock architecture.
 """
 
 from typing import Any
