@@ -184,3 +184,25 @@ def test_a_video_is_refused(load, graft, row):
     _, template = load(graft("qwen2_5_vl", "patch_merger", "qwen3", "mrope"))
     with pytest.raises(ValueError, match="a graft takes pictures; a message has a video"):
         template.encode({**row(text="<video>What is it?"), "images": [], "videos": ["clip.mp4"]})
+
+
+def test_texts_alone_reach_the_projector_with_a_zero(load, graft, row):
+    """As if nothing were there, but that its weights are gathered and have gradients on every rank."""
+    model, template = load(graft("qwen2_5_vl", "patch_merger", "qwen3", "mrope"))
+    batch = collated(template, {**row(text=QUESTION), "images": []})
+    expected = model.train()(**batch).loss
+    assert not expected.requires_grad or not list(gradients(model, expected))  # the control
+    template.register_post_encode_hook([model])
+    loss = model(**batch).loss
+    template.remove_post_encode_hook()
+    assert loss.item() == expected.item()
+    found = list(gradients(model, loss))
+    assert len(found) == len(list(model.model.projector.parameters()))
+    assert not any(gradient.any() for gradient in found)
+
+
+def gradients(model, loss):
+    """Those that the projector has got."""
+    model.zero_grad()
+    loss.backward()
+    return [parameter.grad for parameter in model.model.projector.parameters() if parameter.grad is not None]
