@@ -93,6 +93,7 @@ train() {   # train STAGE MODEL FREEZE_VIT FREEZE_LLM [OPTION ...]
   exec swift sft "${common[@]}" --dataset "${sets[@]}" "${options[@]}" "$@"
 }
 
+result=$step-$(date +%Y%m%d-%H%M%S).jsonl   # what was asked and answered
 export MAX_PIXELS=${MAX_PIXELS:-1003520}
 case $step in
   graft) exec qwen-merge graft "$graft" "$@" ;;
@@ -101,7 +102,7 @@ case $step in
   infer)
     from=$(model "$(last "$output/stage2")" "$(last "$output/stage1")")
     options_of "$from"
-    exec swift infer "${common[@]}" --infer_backend "${INFER_BACKEND:-pt}" "$@"
+    exec swift infer "${common[@]}" --infer_backend "${INFER_BACKEND:-pt}" --result_path "$output/$result" "$@"
     ;;
   deploy)
     from=$(model "$(last "$output/stage2")" "$(last "$output/stage1")")
@@ -109,7 +110,8 @@ case $step in
     backend=${INFER_BACKEND:-pt}
     if [ -z "${INFER_BACKEND:-}" ] && [ "$gpus" -gt 0 ]; then backend=vllm; fi
     export VIDEO_MAX_PIXELS=${VIDEO_MAX_PIXELS:-50176} FPS_MAX_FRAMES=${FPS_MAX_FRAMES:-12}
-    options=(--infer_backend "$backend" --max_new_tokens 2048 --served_model_name Simple-VL --host 127.0.0.1 --port 8000)
+    options=(--infer_backend "$backend" --max_new_tokens 2048 --served_model_name Simple-VL --host 127.0.0.1 --port 8000
+      --result_path "$output/$result")
     if [ "$backend" = vllm ]; then
       options+=(--vllm_gpu_memory_utilization 0.9 --vllm_max_model_len 8192
         --vllm_limit_mm_per_prompt '{"image": 5, "video": 2}')

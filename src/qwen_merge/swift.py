@@ -7,14 +7,16 @@ A checkpoint's architecture then says which model it is; `--model_type` is not n
 - the models `qwen_merge_graft` and `qwen2_5_vl_merge`, each with its freeze groups: vision tower, aligner (the
   projector) and LLM, to which the head belongs;
 - the templates `qwen_merge_graft` and `qwen_merge`. Both are the ChatML of this kit's checkpoints, without a system
-  prompt, and both take the numbers of the picture tokens from the checkpoint and count. ms-swift's own template has
-  Qwen's numbers (151655, 151656) in its code: with any other vocabulary placeholders stay one token long, and training
-  goes on with pictures that are scattered over nothing. `--model_type qwen2_5_vl --template qwen_merge` is for
-  checkpoints of the stock architecture.
+  prompt and with answers as the rows have them (no empty thought is put in front). Both take the numbers of the picture
+  tokens from the checkpoint and count. ms-swift's own template has Qwen's numbers (151655, 151656) in its code: with
+  any other vocabulary placeholders stay one token long, and training goes on with pictures that are scattered over
+  nothing.
+  `--model_type qwen2_5_vl --template qwen_merge` is for checkpoints of the stock architecture.
 """
 
 from typing import Any
 
+from PIL import Image
 from swift.llm import (
     ModelMeta,
     MultiModelKeys,
@@ -69,8 +71,21 @@ class QwenMergeTemplate(Qwen2_5VLTemplate):
         return int(grid.prod()) // self.processor.image_processor.merge_size**2
 
     def _post_encode(self, model, inputs: dict[str, Any]) -> dict[str, Any]:
-        """This kit's models take pictures themselves, and count again."""
-        return super()._post_encode(model, inputs) if self.config.model_type == STOCK else inputs
+        """This kit's models take pictures themselves, and count again.
+
+        A batch of texts alone gets the features of a grey picture, times 0: every rank then gathers the same weights,
+        and the projector has gradients where nothing else trains.
+        """
+        if self.config.model_type == STOCK:
+            return super()._post_encode(model, inputs)
+        if not self.is_training or "pixel_values" in inputs or "pixel_values_videos" in inputs:
+            return inputs
+        grey = self.processor.image_processor(images=[Image.new("RGB", (56, 56), (128, 128, 128))], return_tensors="pt")
+        whole = self.get_base_model(model).model
+        embeddings = whole.get_input_embeddings()(inputs["input_ids"])
+        patches = grey["pixel_values"].to(embeddings.device, whole.visual.dtype)
+        features = whole.picture_features(patches, grey["image_grid_thw"].to(embeddings.device))
+        return {"inputs_embeds": embeddings + 0 * features.mean().to(embeddings.dtype)}
 
     def _data_collator(self, batch, *, padding_to=None) -> dict[str, Any]:
         collated = super()._data_collator(batch, padding_to=padding_to)
@@ -81,12 +96,17 @@ class QwenMergeTemplate(Qwen2_5VLTemplate):
 
 
 class QwenMergeGraftTemplate(QwenMergeTemplate):
-    """Pictures are cut by the graft's own processor, whatever its tower. MAX_PIXELS and MIN_PIXELS override its own."""
+    """Pictures are cut by the graft's own processor, whatever its tower.
+
+    MAX_PIXELS and MIN_PIXELS make them smaller than the checkpoint says, never larger: a server has memory for the
+    checkpoint's own size, and what is trained must be what is served.
+    """
 
     def init_env_args(self) -> None:
         super().init_env_args()
-        bounds = {name: get_env_args(name, int, None) for name in ("min_pixels", "max_pixels")}
-        self.bounds = {name: value for name, value in bounds.items() if value is not None}
+        largest = self.processor.image_processor.size["longest_edge"]
+        asked = {name: get_env_args(name, int, None) for name in ("min_pixels", "max_pixels")}
+        self.bounds = {name: min(value, largest) for name, value in asked.items() if value is not None}
 
     def replace_tag(self, media_type, index, inputs) -> list[str]:
         if media_type != "image":
