@@ -110,7 +110,7 @@ class QwenMergeGraftTemplate(QwenMergeTemplate):
 
     def replace_tag(self, media_type, index, inputs) -> list[str]:
         if media_type != "image":
-            raise ValueError(f"a graft takes pictures; a message has a {media_type}")
+            raise ValueError(f"a graft is trained on pictures and texts here; a message has a {media_type}")
         names = ("vision_start_token_id", "image_token_id", "vision_end_token_id")
         if self.mode == "vllm":
             inputs.mm_processor_kwargs.update(self.bounds)
@@ -119,7 +119,7 @@ class QwenMergeGraftTemplate(QwenMergeTemplate):
     def _encode(self, inputs) -> dict[str, Any]:
         encoded = Template._encode(self, inputs)
         if inputs.videos:
-            raise ValueError("a graft takes pictures; a message has a video")
+            raise ValueError("a graft is trained on pictures and texts here; a message has a video")
         if inputs.images:
             pictures = self.processor.image_processor(images=inputs.images, return_tensors="pt", **self.bounds)
             counts = [self.tokens(grid) for grid in pictures["image_grid_thw"]]

@@ -79,7 +79,8 @@ def parts(model) -> dict[str, set[str]]:
 
 
 def test_every_parameter_is_in_one_freeze_group(load, graft, untied):
-    for folder in (graft("qwen2_5_vl", "patch_merger", "qwen3", "mrope"), untied.merged):
+    deepstack = graft("qwen3_vl", "own", "qwen3_vl", "mrope")
+    for folder in (graft("qwen2_5_vl", "patch_merger", "qwen3", "mrope"), deepstack, untied.merged):
         model, _ = load(folder)
         groups = parts(model)
         assert sum(map(len, groups.values())) == len(set().union(*groups.values()))
@@ -137,6 +138,7 @@ def collated(template, *rows) -> dict:
         ("siglip", "linear", "qwen2", "1d"),
         ("clip", "mlp", "qwen3_moe", "mrope"),
         ("siglip", "resampler", "qwen3", "1d"),
+        ("qwen3_vl", "own", "qwen3_vl", "mrope"),
     ],
 )
 def test_grafts_of_other_parts(load, graft, row, kinds):
@@ -182,13 +184,16 @@ def test_sizes_are_lowered_by_the_environment_and_never_raised(load, graft, row,
 
 def test_a_video_is_refused(load, graft, row):
     _, template = load(graft("qwen2_5_vl", "patch_merger", "qwen3", "mrope"))
-    with pytest.raises(ValueError, match="a graft takes pictures; a message has a video"):
+    with pytest.raises(ValueError, match="on pictures and texts here; a message has a video"):
         template.encode({**row(text="<video>What is it?"), "images": [], "videos": ["clip.mp4"]})
 
 
-def test_texts_alone_reach_the_projector_with_a_zero(load, graft, row):
+@pytest.mark.parametrize(
+    "kinds", [("qwen2_5_vl", "patch_merger", "qwen3", "mrope"), ("qwen3_vl", "own", "qwen3_vl", "mrope")]
+)
+def test_texts_alone_reach_the_projector_with_a_zero(load, graft, row, kinds):
     """As if nothing were there, but that its weights are gathered and have gradients on every rank."""
-    model, template = load(graft("qwen2_5_vl", "patch_merger", "qwen3", "mrope"))
+    model, template = load(graft(*kinds))
     batch = collated(template, {**row(text=QUESTION), "images": []})
     expected = model.train()(**batch).loss
     assert not expected.requires_grad or not list(gradients(model, expected))  # the control
