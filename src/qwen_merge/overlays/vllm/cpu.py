@@ -64,7 +64,7 @@ def leave_experts_uncompiled(vllm_config) -> None:
     if not current_platform.is_cpu():
         return
     compilation = vllm_config.compilation_config
-    if hasattr(compilation, "level"):  # vLLM 0.9.1
-        compilation.level, compilation.custom_ops = 0, ["all"]
-    else:
+    if hasattr(compilation, "mode"):  # vLLM 0.12
         compilation.mode = type(compilation.mode)(0)
+    else:
+        compilation.level, compilation.custom_ops = 0, ["all"]
