@@ -16,12 +16,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
-    """On another stack than the first: leave out what needs the first, and say why (tests/stacks.py)."""
+    """Leave out what needs the other stack, and say why (tests/stacks.py)."""
     from stacks import reason_to_skip
 
     for item in items:
         if reason := reason_to_skip(item.nodeid):
-            item.add_marker(pytest.mark.skip(reason=f"first stack only: {reason}"))
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)
@@ -73,3 +73,9 @@ def graft(tmp_path_factory):
     from grafts import Grafts
 
     return Grafts(tmp_path_factory.mktemp("grafts"))
+
+
+@pytest.fixture(scope="session")
+def sources(graft) -> Path:
+    """A folder for each tower and LLM, by its name."""
+    return graft.folder

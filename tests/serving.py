@@ -25,6 +25,10 @@ class Server:
     """A running `scripts/serve.sh`; its log is shown when it does not start."""
 
     def __init__(self, checkpoint: Path, folder: Path, *options: str):
+        self.start(["scripts/serve.sh", checkpoint, *options], folder)
+
+    def start(self, command: list, folder: Path, **environment: str) -> None:
+        """command: a script and its arguments, to which the port is added."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -32,12 +36,13 @@ class Server:
         self.log = folder / "server.log"
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
-                ["bash", "scripts/serve.sh", checkpoint, "--port", str(self.port), *options],
+                ["bash", *command, "--port", str(self.port)],
                 cwd=REPOSITORY,
                 env={
                     **os.environ,
                     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
                     "VLLM_CPU_KVCACHE_SPACE": "1",
+                    **environment,
                 },
                 stdin=subprocess.DEVNULL,
                 stdout=log,

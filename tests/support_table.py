@@ -31,6 +31,8 @@ NAMES = {
     "qwen2_vl": "Qwen2-VL",
     "clip": "CLIP",
     "siglip": "SigLIP",
+    "siglip2": "SigLIP2 of any size",
+    "qwen3_vl": "Qwen3-VL",
     "dinov2": "DINOv2",
     "dinov2_with_registers": "DINOv2 with registers",
     "qwen3": "Qwen3",
@@ -42,12 +44,12 @@ Parts = tuple[str, str, str]  # tower, projector, LLM
 
 def loads(checkpoint: Path, llm: Path) -> str | None:
     """None, or what is wrong; as the two below."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText
 
     model, info = AutoModelForImageTextToText.from_pretrained(checkpoint, output_loading_info=True)
     if unclear := {name: values for name, values in info.items() if values}:
         return f"transformers reports {unclear}"
-    own = AutoModelForCausalLM.from_pretrained(llm).eval()
+    own = grafts.language_model(llm)
     ids = torch.randint(0, 300, (2, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         apart = (model.eval()(input_ids=ids).logits - own(ids).logits).abs().max().item()

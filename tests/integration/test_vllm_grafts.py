@@ -21,6 +21,8 @@ COVERING = (
     ("siglip", "resampler", "qwen3", "mrope"),
     ("dinov2", "patch_merger", "qwen3_moe", "mrope-2d"),
     ("dinov2_with_registers", "linear", "qwen2", "mrope"),
+    ("siglip2", "linear", "qwen3_vl", "mrope"),
+    *grafts.HAS_QWEN3_VL * [("qwen3_vl", "extended", "qwen3", "mrope")],
 )
 INTERPOLATED = ("siglip", "dinov2_with_registers")  # any size for a tower of one
 MAIN, UNTIED = COVERING[4], COVERING[2]

@@ -48,7 +48,7 @@ def test_all_mistakes_of_a_file_are_told_together(tmp_path, capsys):
         "unknown key projector.queries for kind mlp",
         "projector.merge_size is 0; expected a whole number from 1 on",
         "llm.source is missing",
-        "positions is '2d'; expected one of mrope, mrope-2d, 1d",
+        "positions is '2d'; expected one of mrope, 1d, mrope-2d",
         "seed is -1",
         "output is None",
     )
@@ -59,6 +59,26 @@ def test_an_output_inside_a_source_is_refused(sources, tmp_path, capsys):
     file = grafts.write_recipe(tmp_path / "graft.yaml", sources / "siglip", "mlp", sources / "qwen3", output)
     refused(capsys, file, "is inside the llm")
     assert not output.exists()
+
+
+@pytest.mark.parametrize("plan", [[], ["--plan"]])
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_shard_size": "5 apples"}, "max_shard_size is '5 apples'; expected a number and a unit"),
+        ({"output": "full"}, "is not empty. Remove it or choose another output."),
+    ],
+)
+def test_where_and_how_it_is_written_is_told_by_the_files_keys(sources, tmp_path, capsys, plan, values, message):
+    values = dict(values)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").write_text("")
+    output = tmp_path / values.pop("output", "out")
+    file = grafts.write_recipe(tmp_path / "graft.yaml", sources / "siglip", "mlp", sources / "qwen3", output, **values)
+    assert cli.main(["graft", str(file), *plan]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "--" not in error
 
 
 @pytest.mark.parametrize(
@@ -107,7 +127,6 @@ def test_files_that_are_no_recipe(tmp_path, capsys, text):
         ("qwen2_5_vl", "mlp", {"vision": {"layer": -2}}, "only the result can be taken"),
         ("siglip", "mlp", {"mrope_section": [4, 4, 4]}, "must add up to head_dim / 2 = 16"),
         ("siglip", "mlp", {"positions": "1d", "mrope_section": [4, 6, 6]}, "with positions: mrope"),
-        ("siglip", "mlp", {"tokens": {"image": "<|picture|>"}}, "tokens.image: the LLM's tokenizer has no <|picture|>"),
         ("qwen3", "mlp", {}, "vision: model_type 'qwen3'; expected one of"),
         ("siglip", "mlp", {"vision": {"layer": 9}}, "vision.layer is 9; the tower has 2 layers"),
         ("siglip", "mlp", {"vision": {"max_pixels": 9999}}, "takes one size; say resolution: interpolated"),

@@ -12,8 +12,10 @@ from collections import Counter
 from types import SimpleNamespace
 
 from qwen_merge.errors import UserError
+from qwen_merge.graft import llms
 from qwen_merge.graft import plan as planning
 from qwen_merge.graft.recipe import STOCK, Recipe, Tokens, Vision
+from qwen_merge.graft.towers import of_the_tower
 from qwen_merge.merger import companions as companion_files
 from qwen_merge.merger.configuration import RopeOptions, merged_config
 from qwen_merge.merger.plan import MergePlan, settle_dtype
@@ -70,7 +72,8 @@ def draft(recipe: Recipe, sources: planning.Sources) -> tuple[MergePlan, compani
     check(recipe, sources)
     companions = companion_files.gather(sources.vision, sources.llm, {}, code=())
     dropped: dict[str, Counter[str]] = {"vlm": Counter(), "llm": Counter()}
-    found = planning.of_the_tower(sources, True, dropped["vlm"])  # its patch merger says how wide the tower is
+    merger = {"merger.": "projector.merger."}  # says how wide the tower is
+    found = of_the_tower(sources.vision, sources.tower, merger, dropped["vlm"])
     config, notes = _config(recipe, sources, companions.token_ids, found)
     for name in [name for name in found if name.startswith("projector.")]:
         del found[name]
@@ -82,12 +85,12 @@ def draft(recipe: Recipe, sources: planning.Sources) -> tuple[MergePlan, compani
         problems.append(f"projector.merge_size is {side}; the tower's is {vision['spatial_merge_size']}")
     if problems:
         raise UserError.from_list("this graft cannot be made:", problems)
-    found.update(planning.of_the_llm(sources, tied, dropped["llm"], NORMS))
+    found.update(llms.of_the_llm(sources.llm, sources.llm_config["model_type"], tied, dropped["llm"], NORMS))
     planning.check_depth(SimpleNamespace(**config), SimpleNamespace(**vision), len(found))
     tensors = planning.joined(found, lambda: _meta_model(config), tied, NEW)
     plan = MergePlan(config, tensors, {role: dict(count) for role, count in dropped.items()}, notes)
     settle_dtype(plan)
-    lost = dropped["llm"][planning.LEFT_OUT]
+    lost = dropped["llm"][llms.LEFT_OUT]
     if lost:
         plan.notes.append(
             f"architecture {STOCK} is for tools that load no other: it loads anywhere, and {lost} tensors of the LLM "
@@ -100,17 +103,17 @@ def draft(recipe: Recipe, sources: planning.Sources) -> tuple[MergePlan, compani
 
 
 def _config(
-    recipe: Recipe, sources: planning.Sources, token_ids: dict[str, int], found: planning.Found
+    recipe: Recipe, sources: planning.Sources, token_ids: dict[str, int], found: llms.Found
 ) -> tuple[dict, list[str]]:
     from qwen_merge.architecture.configuration_qwen_merge_graft import sections_of
 
     llm = {**sources.llm_config, "model_type": "qwen3"}  # of the fields that are read a Qwen2.5 has the same
     llm["head_dim"] = llm["hidden_size"] // llm["num_attention_heads"]
-    sections = recipe.mrope_section or sections_of(SimpleNamespace(head_dim=llm["head_dim"]), None)
+    time, height, width = recipe.mrope_section or sections_of(SimpleNamespace(head_dim=llm["head_dim"]), None)
     tower = {
         name.replace("projector.", "visual.", 1): stored for name, (_, _, stored) in found.items() if stored is not None
     }
-    merged = merged_config(sources.vision_config, llm, tower, token_ids, RopeOptions(tuple(sections)))
+    merged = merged_config(sources.vision_config, llm, tower, token_ids, RopeOptions((time, height, width)))
     fields = {name: value for name, value in merged.config.items() if name not in _NOT_CARRIED}
     vision = {**fields["vision_config"], "out_hidden_size": fields["hidden_size"]}
     vision.pop("out_hidden_size2")

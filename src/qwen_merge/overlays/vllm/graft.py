@@ -129,6 +129,8 @@ class QwenMergeGraftForConditionalGeneration(Qwen2_5_VL_MergeForConditionalGener
             hf_config=config.text_config,
             architectures=[LLMS[config.text_config.model_type]],
         )
+        if config.mrope_interleaved:
+            positions.interleave(self.language_model)
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
         self.never_said = (config.image_token_id, config.video_token_id, config.vision_start_token_id)
 

@@ -5,12 +5,14 @@ configuration. And vLLM 0.9.1 numbers the tokens of every model by Qwen2.5-VL's 
 `spatial_merge_size`, where a graft goes by its projector's `merge_size`; 0.12 asks the model class (`graft.py`).
 """
 
+import inspect
 from collections.abc import Sequence
 from functools import wraps
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import nn
 
 from qwen_merge.architecture.configuration_qwen_merge_graft import QwenMergeGraftConfig
 
@@ -22,11 +24,16 @@ class ServedGraftConfig(QwenMergeGraftConfig):
     positions, which vLLM has faster kernels for.
 
     Raises:
-        ValueError: M-RoPE for an LLM whose context is stretched, which vLLM 0.9.1 knows no rotary embedding for.
+        ValueError: M-RoPE for an LLM whose context is stretched, which vLLM 0.9.1 knows no rotary embedding for; or
+            DeepStack, which vLLM's own LLMs take from no other tower.
     """
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
+        if self.deepstack:
+            raise ValueError(
+                "this graft has DeepStack, which vLLM does not serve for grafts. Make it with vision.deepstack: false."
+            )
         if self.positions != "mrope" or self.projector_config["kind"] == "resampler":
             return
         settings = {"rope_type": "default", **(getattr(self.text_config, "rope_scaling", None) or {})}
@@ -35,7 +42,35 @@ class ServedGraftConfig(QwenMergeGraftConfig):
                 f"this graft has positions mrope and an LLM with rope_scaling of type {settings['rope_type']!r}; vLLM "
                 "serves the two together for none. Take the LLM without it, or make the graft with positions: 1d."
             )
-        self.text_config.rope_scaling = {**settings, "mrope_section": list(self.mrope_section or ())}
+        mrope = {"mrope_section": list(self.mrope_section or ()), "mrope_interleaved": self.mrope_interleaved}
+        self.text_config.rope_scaling = {**settings, **mrope}
+
+
+def interleave(language_model: nn.Module) -> None:
+    """Teach vLLM 0.9.1's LLM the turns of Qwen3-VL's interleaved sections; 0.12 knows them by `mrope_interleaved`."""
+    from vllm.model_executor.layers import rotary_embedding
+
+    if "mrope_interleaved" in inspect.signature(rotary_embedding.MRotaryEmbedding.__init__).parameters:
+        return
+
+    class InterleavedMRotaryEmbedding(rotary_embedding.MRotaryEmbedding):
+        def forward(self, positions, query, key=None):
+            """(tokens,) or (3, tokens) positions -> query and key, turned."""
+            cos, sin = self.cos_sin_cache[positions].chunk(2, dim=-1)
+            if positions.ndim == 2:
+                cos, sin = (values[self.axes, :, self.places].T for values in (cos, sin))
+            turned = rotary_embedding._apply_rotary_emb
+            heads = (x.view(positions.shape[-1], -1, self.head_size) for x in (query, key))
+            query_rot, key_rot = (turned(x, cos, sin, self.is_neox_style) for x in heads)
+            return query_rot.reshape(query.shape), key_rot.reshape(key.shape)
+
+    for module in language_model.modules():
+        if type(module) is rotary_embedding.MRotaryEmbedding:
+            half, device = module.rotary_dim // 2, module.cos_sin_cache.device
+            axes = [place % 3 if place < 3 * module.mrope_section[place % 3] else 0 for place in range(half)]
+            module.register_buffer("axes", torch.tensor(axes, device=device), persistent=False)
+            module.register_buffer("places", torch.arange(half, device=device), persistent=False)
+            module.__class__ = InterleavedMRotaryEmbedding
 
 
 def number(config, tokens: Sequence[int], grids: Sequence[Sequence[int]]) -> tuple[torch.Tensor, int]:
