@@ -20,8 +20,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from qwen_merge.architecture import register
+from stacks import first_stack
 from training import REPOSITORY
 
+# An engine that starts soon. vLLM 0.12's eager mode on CPUs is wrong for Qwen3 (its own, too), so there it compiles.
+QUICK = {"enforce_eager": True} if first_stack() else {}
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 LONG = "Read the number in the picture, then count the shapes and name their colours. "
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import grafts
-from greedy import by_transformers, by_vllm, picture_requests, tokens_of
+from greedy import QUICK, by_transformers, by_vllm, picture_requests, tokens_of
 from qwen_merge.architecture import register
 from qwen_merge.errors import UserError
 
@@ -151,7 +151,7 @@ class Table:
 
     def _serve(self, pairs: list[Parts]) -> None:
         drawn = {parts: self._drawn(parts) for parts in pairs}
-        engine = {"enforce_eager": True, "limit_mm_per_prompt": {"image": 2}}
+        engine = {**QUICK, "limit_mm_per_prompt": {"image": 2}}
         jobs = [
             {"name": "-".join(parts), "model": str(checkpoint), "engine": engine, "may_fail": True}
             | {"rounds": [list(self.requests.values())]}

@@ -29,7 +29,7 @@ def checkpoint(graft, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(checkpoint, tmp_path_factory):
-    options = ("--dtype", "float32", "--max-model-len", "1024", "--enforce-eager")
+    options = ("--dtype", "float32", "--max-model-len", "1024", *(["--enforce-eager"] if first_stack() else []))
     running = Server(checkpoint, tmp_path_factory.mktemp("serve"), *options)
     running.wait()
     yield running

@@ -6,7 +6,7 @@ The whole product of towers, projectors and LLMs is `tests/support_table.py`'s.
 import pytest
 
 import grafts
-from greedy import by_transformers, by_vllm, make_adapter, picture_requests, tokens_of, with_names_of_memory
+from greedy import QUICK, by_transformers, by_vllm, make_adapter, picture_requests, tokens_of, with_names_of_memory
 
 pytestmark = pytest.mark.slow
 
@@ -52,7 +52,7 @@ def answers(checkpoints, requests, tmp_path_factory):
     folder, mixed = tmp_path_factory.mktemp("vllm-grafts"), list(requests.values())
     other = grafts.with_projector(checkpoints[MAIN], folder / "other-projector", seed=2)
     adapter = make_adapter(checkpoints[MAIN], folder / "adapter")
-    eager = {"enforce_eager": True, "limit_mm_per_prompt": {"image": 2}}
+    eager = {**QUICK, "limit_mm_per_prompt": {"image": 2}}
     jobs = [
         # The second round finds the first one's prompts in the prefix cache.
         {"name": "-".join(parts), "model": str(checkpoint), "rounds": [mixed, mixed], "engine": eager}
@@ -110,7 +110,7 @@ def test_an_adapter_on_the_llm_gives_the_tokens_of_peft(answers, requests, check
 
 
 def test_two_tensor_parallel_ranks_give_the_tokens_of_one(answers, requests, checkpoints, tmp_path):
-    engine = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "enforce_eager": True}
+    engine = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", **QUICK}
     job = {"name": "two", "model": str(checkpoints[MAIN]), "rounds": [list(requests.values())], "engine": engine}
     two = by_vllm([job], tmp_path, VLLM_CPU_OMP_THREADS_BIND="0|1")["two"]
     assert tokens_of(requests, two[0]) == tokens_of(requests, answers["-".join(MAIN)][0])

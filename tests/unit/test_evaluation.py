@@ -225,6 +225,21 @@ def test_the_model_type_decides_and_not_the_path(tmp_path):
         records.model_type_of(str(misleading))
 
 
+def test_a_graft_s_pictures_have_the_sizes_of_its_own_processor(tmp_path):
+    path = checkpoint(tmp_path / "m", "qwen_merge_graft")
+    assert records.model_type_of(str(path)) == "qwen_merge_graft"
+
+    def recorded(model_type: str) -> tuple[int, int]:
+        settings = records.document("M", str(path), model_type, "vllm", Settings(), None)["settings"]
+        return settings["min_pixels"], settings["max_pixels"]
+
+    with pytest.raises(UserError, match=r"preprocessor_config\.json does not say how large pictures are"):
+        recorded("qwen_merge_graft")
+    (path / "preprocessor_config.json").write_text(json.dumps({"min_pixels": 784, "max_pixels": 12544}))
+    assert recorded("qwen_merge_graft") == (784, 12544)
+    assert recorded("qwen2_5_vl_merge") == (1003520, 12845056)  # control: the published setting
+
+
 @pytest.mark.parametrize(("make", "seen"), [(False, "there is no such folder"), (True, "has no config.json")])
 def test_a_missing_checkpoint_is_named(tmp_path, make, seen):
     if make:

@@ -29,6 +29,7 @@ from qwen_merge.merger.plan import FLOATS, PlannedTensor, layer_problems
 from qwen_merge.merger.safetensors_file import ITEM_BYTES, StoredTensor
 from qwen_merge.merger.sources import Source, open_source
 
+GRAFT = "qwen_merge_graft"
 SHOWN = 5  # differences of one kind that are spelled out
 PASS, FAIL, NOT_CHECKED = "PASS", "FAIL", "NOT CHECKED"
 # What is read of a manifest; a part stands behind the part that it is in.
@@ -38,7 +39,7 @@ MANIFEST_TYPES: dict[str, type | UnionType] = {
     **{f"sources.{origin}.{name}": str for origin in ("vlm", "llm") for name in ("path", "repo", "revision")},
     "options": dict,
     "options.dtype": str | None,
-    "options.mrope_section": list,
+    "options.mrope_section": list | None,  # a graft that has positions of a text
     "new_layer": dict,
     "new_layer.seed": int,
     "overridden_by_materials": dict,
@@ -70,6 +71,12 @@ class Results:
     def count(self, verdict: str) -> int:
         return sum(seen == verdict for seen, _, _ in self.lines)
 
+    def conclude(self, directory: Path) -> int:
+        """Print how many there were of each kind; returns the exit code."""
+        failed, skipped = self.count(FAIL), self.count(NOT_CHECKED)
+        print(f"{directory}: {self.count(PASS)} passed, {failed} failed, {skipped} not checked")
+        return 1 if failed else 0
+
 
 def verify(
     directory: Path,
@@ -88,13 +95,19 @@ def verify(
     """
     merged = Source(directory, "merged")
     config = merged.read_json("config.json")
+    if config.get("model_type") == GRAFT:
+        from qwen_merge.graft.verify import verify as verify_graft
+
+        return verify_graft(merged, vlm=vlm, llm=llm, revision=revision, forward=forward)
     if config.get("model_type") != MODEL_TYPE:
-        raise UserError(f"{directory} has model_type {config.get('model_type')!r}; expected {MODEL_TYPE!r}, a merge's.")
-    manifest = _read_manifest(merged)
+        raise UserError(
+            f"{directory} has model_type {config.get('model_type')!r}; expected {MODEL_TYPE!r}, a merge's, or {GRAFT}."
+        )
+    manifest = read_manifest(merged)
     results = Results()
     tensors = _check_tensors(merged, config, results)
-    vlm_source, vlm_reason = _find_source(vlm, "vlm", revision, manifest)
-    llm_source, llm_reason = _find_source(llm, "llm", revision, manifest)
+    vlm_source, vlm_reason = find_source(vlm, "vlm", revision, manifest)
+    llm_source, llm_reason = find_source(llm, "llm", revision, manifest)
     reason = "; ".join(filter(None, (vlm_reason, llm_reason)))
 
     ready = _prepare_again(merged, vlm_source, llm_source, manifest, config, results, reason)
@@ -104,16 +117,14 @@ def verify(
         if tensors is None or ready is None:
             results.add(NOT_CHECKED, check, reason or "an earlier check failed")
         else:
-            _check_copied(merged, tensors, ready, origin, check, results)
+            check_copied(merged, tensors, ready, origin, check, results)
     _check_new_layer(merged, tensors, config, manifest, results)
     _check_forward(directory, vlm_source, llm_source, (vlm_reason, llm_reason), forward, tensors is not None, results)
 
-    failed, skipped = results.count(FAIL), results.count(NOT_CHECKED)
-    print(f"{directory}: {results.count(PASS)} passed, {failed} failed, {skipped} not checked")
-    return 1 if failed else 0
+    return results.conclude(directory)
 
 
-def _read_manifest(merged: Source) -> dict:
+def read_manifest(merged: Source) -> dict:
     """The checkpoint's manifest; {} when it has none. One that says less is less of use, but no error.
 
     Raises:
@@ -161,7 +172,7 @@ def _check_tensors(merged: Source, config: dict, results: Results) -> dict[str, 
     return None if differences else tensors
 
 
-def _find_source(given: str | None, origin: str, revision: str | None, manifest: Mapping) -> tuple[Source | None, str]:
+def find_source(given: str | None, origin: str, revision: str | None, manifest: Mapping) -> tuple[Source | None, str]:
     """The source, or None and why there is none. One that the user names must exist."""
     role = origin.upper()
     if given:
@@ -252,7 +263,7 @@ def _sha256(merged: Source, file: str) -> str | None:
     return hashlib.sha256(merged.path(file).read_bytes()).hexdigest() if merged.has(file) else None
 
 
-def _check_copied(
+def check_copied(
     merged: Source, tensors: Mapping[str, StoredTensor], ready: Prepared, origin: str, check: str, results: Results
 ) -> None:
     """Each copied tensor against its source, byte by byte (through the same conversion where one was asked for)."""
@@ -263,7 +274,7 @@ def _check_copied(
         found = tensors.get(tensor.name)
         if found is None or found.dtype != tensor.dtype or found.shape != tensor.shape:
             differences.append(f"{tensor.name} is not there as planned")
-        elif not _equal(_stored_chunks(merged, found), _planned_chunks(source, tensor)):
+        elif not _equal(stored_chunks(merged, found), _planned_chunks(source, tensor)):
             differences.append(f"{tensor.name} differs from its source")
         nbytes += tensor.nbytes
     how = (
@@ -274,7 +285,7 @@ def _check_copied(
     results.judge(check, differences, f"{len(planned)} tensors, {nbytes:,} bytes, equal {how}")
 
 
-def _stored_chunks(source: Source, tensor: StoredTensor, step: int = BUFFER) -> Iterator[bytes]:
+def stored_chunks(source: Source, tensor: StoredTensor, step: int = BUFFER) -> Iterator[bytes]:
     path = source.path(tensor.file)
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -287,10 +298,10 @@ def _stored_chunks(source: Source, tensor: StoredTensor, step: int = BUFFER) -> 
 def _planned_chunks(source: Source, tensor: PlannedTensor) -> Iterator[bytes]:
     assert tensor.stored is not None
     if tensor.dtype == tensor.stored.dtype:
-        return _stored_chunks(source, tensor.stored)
+        return stored_chunks(source, tensor.stored)
     stored = tensor.stored.dtype
     step = BUFFER // ITEM_BYTES[tensor.dtype] * ITEM_BYTES[stored]  # gives BUFFER bytes once converted
-    return (convert(chunk, stored, tensor.dtype, tensor.name) for chunk in _stored_chunks(source, tensor.stored, step))
+    return (convert(chunk, stored, tensor.dtype, tensor.name) for chunk in stored_chunks(source, tensor.stored, step))
 
 
 def _equal(first: Iterator[bytes], second: Iterator[bytes]) -> bool:
@@ -312,7 +323,7 @@ def _check_new_layer(
         if row.origin != "new":
             continue
         expected = initial_bytes(PlannedTensor(name, tensors[name].dtype, shape, "new"), seed)
-        if b"".join(_stored_chunks(merged, tensors[name])) != b"".join(expected):
+        if b"".join(stored_chunks(merged, tensors[name])) != b"".join(expected):
             differences.append(f"{name} is not what seed {seed} gives")
     results.judge("new layer", differences, f"as seed {seed} gives it")
 

@@ -29,12 +29,12 @@ def compare_text(directory: Path, llm: Source) -> tuple[list[str], str]:
 
     from qwen_merge.architecture.modeling_qwen2_5_vl_merge import Qwen2_5_VL_MergeForConditionalGeneration
 
-    merged = _text_logits(Qwen2_5_VL_MergeForConditionalGeneration, directory)
-    plain = _text_logits(Qwen3ForCausalLM, local_directory(llm), dtype=merged.dtype)
-    return _difference(merged, plain, f"logits of 2 × {TOKENS} tokens")
+    merged = text_logits(Qwen2_5_VL_MergeForConditionalGeneration, directory)
+    plain = text_logits(Qwen3ForCausalLM, local_directory(llm), dtype=merged.dtype)
+    return difference(merged, plain, f"logits of 2 × {TOKENS} tokens")
 
 
-def _text_logits(model_class: Any, directory: Path, dtype: "torch.dtype | str" = "auto") -> torch.Tensor:
+def text_logits(model_class: Any, directory: Path, dtype: "torch.dtype | str" = "auto") -> torch.Tensor:
     """(2 × tokens, vocabulary) logits where a token is; the second row's first tokens are padding."""
     with quiet():
         model = model_class.from_pretrained(directory, torch_dtype=dtype, attn_implementation="sdpa").eval()
@@ -67,7 +67,7 @@ def compare_vision(directory: Path, vlm: Source) -> tuple[list[str], str]:
     plain_config = Qwen2_5_VLVisionConfig(**{**merged_config.to_dict(), **plain_config})
     plain_tower = Qwen2_5_VisionTransformerPretrainedModel._from_config(plain_config)
     _load_weights(plain_tower, vlm, dtype)
-    return _difference(
+    return difference(
         _features(merged_tower), _features(plain_tower), f"features of {len(GRIDS)} pictures and videos at once"
     )
 
@@ -100,7 +100,7 @@ def _features(tower: nn.Module) -> torch.Tensor:
         return tower(pixels.to(next(tower.parameters()).dtype), grid_thw=grid)
 
 
-def _difference(merged: torch.Tensor, plain: torch.Tensor, what: str) -> tuple[list[str], str]:
+def difference(merged: torch.Tensor, plain: torch.Tensor, what: str) -> tuple[list[str], str]:
     if merged.shape != plain.shape:
         return [f"{what}: shape {list(merged.shape)}, the source's {list(plain.shape)}"], ""
     if torch.equal(merged, plain):

@@ -52,16 +52,19 @@ def _accept_float32() -> None:
 
 
 def leave_experts_uncompiled(vllm_config) -> None:
-    """As with `enforce_eager`, for a model with experts; to be called before it is made.
+    """For a model with experts, to be called before it is made; does nothing on other platforms.
 
-    Symptom: "'_OpNamespace' '_moe_C' object has no attribute 'topk_softmax'": where vLLM 0.9.1 compiles, it leaves out
-    its own operators, and what it has in place of the experts' is CUDA's. The CPU's kernel makes itself ready at its
-    first call, which cannot be compiled.
+    Symptom in vLLM 0.9.1: "'_OpNamespace' '_moe_C' object has no attribute 'topk_softmax'". Where it compiles, it
+    leaves out its own operators, and what it has in place of the experts' is CUDA's; the CPU's kernel makes itself
+    ready at its first call, which cannot be compiled. In 0.12: "Constraints violated (L['inputs_embeds'].size()[0])".
+    There its own operators stay left out: in eager mode that of RMSNorm is wrong for Qwen3's q and k.
     """
-    from vllm.model_executor.layers.fused_moe import layer
     from vllm.platforms import current_platform
 
-    method = layer.UnquantizedFusedMoEMethod
-    if current_platform.is_cpu() and getattr(method, "forward_native", None) is method.forward_cuda:
-        vllm_config.compilation_config.level = 0
-        vllm_config.compilation_config.custom_ops = ["all"]
+    if not current_platform.is_cpu():
+        return
+    compilation = vllm_config.compilation_config
+    if hasattr(compilation, "mode"):  # vLLM 0.12
+        compilation.mode = type(compilation.mode)(0)
+    else:
+        compilation.level, compilation.custom_ops = 0, ["all"]

@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Sequence
 from functools import wraps
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import nn
@@ -79,7 +80,7 @@ def number(config, tokens: Sequence[int], grids: Sequence[Sequence[int]]) -> tup
     """
     from qwen_merge.architecture.modeling_qwen_merge_graft import QwenMergeGraftModel
 
-    of_config = SimpleNamespace(config=config)  # all that it reads of a model
+    of_config: Any = SimpleNamespace(config=config)  # all that it reads of a model
     pictures = torch.tensor(grids) if len(grids) else None
     positions, deltas = QwenMergeGraftModel.get_rope_index(of_config, torch.tensor([list(tokens)]), pictures)
     return positions[:, 0], int(deltas)

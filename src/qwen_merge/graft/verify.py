@@ -1,0 +1,165 @@
+"""`qwen-merge verify DIR` for a graft: its tensors are its sources', and tower and LLM compute what they did there.
+
+The sources are those of the checkpoint's manifest, or the ones that are named. Lines and verdicts are the merge's.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from qwen_merge.errors import UserError
+from qwen_merge.graft import plan as planning
+from qwen_merge.graft.towers import tower_for
+from qwen_merge.merger.companions import Companions
+from qwen_merge.merger.initialise import initial_bytes
+from qwen_merge.merger.merge import Prepared
+from qwen_merge.merger.plan import MergePlan
+from qwen_merge.merger.safetensors_file import StoredTensor
+from qwen_merge.merger.sources import Source
+from qwen_merge.merger.verify import (
+    FAIL,
+    NOT_CHECKED,
+    Results,
+    check_copied,
+    find_source,
+    read_manifest,
+    stored_chunks,
+)
+from qwen_merge.merger.verify_forward import difference, local_directory, quiet, text_logits
+
+CHECKS = ("tensors", "copied from VLM", "copied from LLM", "new tensors", "text logits", "vision features")
+
+
+def verify(merged: Source, *, vlm: str | None, llm: str | None, revision: str | None, forward: bool) -> int:
+    """Check a graft and print the results; returns the exit code: 0 when nothing failed, 1 when something did.
+
+    vlm: where the tower's checkpoint is; it and llm: None: as the manifest says.
+
+    Raises:
+        UserError: a source that was named cannot be read.
+    """
+    from qwen_merge.architecture.configuration_qwen_merge_graft import QwenMergeGraftConfig
+
+    manifest, results = read_manifest(merged), Results()
+    found = [find_source(given, origin, revision, manifest) for given, origin in ((vlm, "vlm"), (llm, "llm"))]
+    (vision, _), (language, _) = found
+    if vision is None or language is None:
+        why = "; ".join(reason for _, reason in found if reason)
+        for check in CHECKS:
+            results.add(NOT_CHECKED, check, why)
+        return results.conclude(merged.directory)
+    try:
+        config = QwenMergeGraftConfig.from_pretrained(merged.directory)
+        ready = Prepared(vision, language, Companions({}, [], {}, []), _plan(vision, language, config))
+    except (UserError, ValueError, TypeError, KeyError) as error:
+        results.add(FAIL, "tensors", f"these sources do not make this checkpoint: {error}")
+        return results.conclude(merged.directory)
+    stored = {name: tensor for name, tensor in merged.read_tensors().items() if tensor is not None}
+    _check_names(stored, ready.plan, results)
+    check_copied(merged, stored, ready, "vlm", "copied from VLM", results)
+    check_copied(merged, stored, ready, "llm", "copied from LLM", results)
+    _check_new(merged, stored, ready.plan, manifest, results)
+    if not forward or results.count(FAIL):
+        for check in CHECKS[-2:]:
+            results.add(NOT_CHECKED, check, "an earlier check failed" if results.count(FAIL) else "--no-forward")
+    else:
+        _check_forward(merged, vision, language, config, results)
+    return results.conclude(merged.directory)
+
+
+def _plan(vision: Source, language: Source, config) -> MergePlan:
+    vision_config, llm_config = vision.read_json("config.json"), language.read_json("config.json")
+    tower = tower_for(vision_config.get("model_type"))
+    if tower is None or tower.kind != config.vision_config.model_type:
+        raise UserError(f"{vision.directory} has model_type {vision_config.get('model_type')!r}")
+    return planning.graft_plan(planning.Sources(vision, vision_config, tower, language, llm_config), config)
+
+
+def _check_names(stored: Mapping[str, StoredTensor], plan: MergePlan, results: Results) -> None:
+    planned = {tensor.name: tensor for tensor in plan.tensors}
+    differences = [f"missing {name}" for name in planned if name not in stored]
+    differences += [f"unknown {name}" for name in stored if name not in planned]
+    differences += [
+        f"{name} is {tensor.dtype} {list(tensor.shape)}, expected {planned[name].dtype} {list(planned[name].shape)}"
+        for name, tensor in stored.items()
+        if name in planned and (tensor.dtype, tensor.shape) != (planned[name].dtype, planned[name].shape)
+    ]
+    nbytes = sum(tensor.nbytes for tensor in stored.values())
+    results.judge("tensors", differences, f"{len(stored)} with the right name, shape and dtype, {nbytes:,} bytes")
+
+
+def _check_new(
+    merged: Source, stored: Mapping[str, StoredTensor], plan: MergePlan, manifest: Mapping, results: Results
+) -> None:
+    seed, new = manifest.get("new_layer", {}).get("seed"), plan.of("new")
+    if seed is None:
+        results.add(NOT_CHECKED, "new tensors", "no manifest says their seed")
+        return
+    differences = [
+        f"{tensor.name} is not what seed {seed} gives"
+        for tensor in new
+        if tensor.name not in stored
+        or b"".join(stored_chunks(merged, stored[tensor.name])) != b"".join(initial_bytes(tensor, seed))
+    ]
+    results.judge("new tensors", differences, f"{len(new)} as seed {seed} gives them")
+
+
+@torch.no_grad()
+def _check_forward(merged: Source, vision: Source, language: Source, config: Any, results: Results) -> None:
+    """Both models of a pair are loaded one after the other, in the checkpoint's dtype."""
+    from transformers import AutoModelForCausalLM
+
+    from qwen_merge.architecture.modeling_qwen_merge_graft import QwenMergeGraftForConditionalGeneration
+    from qwen_merge.architecture.projectors_qwen_merge_graft import in_units
+    from qwen_merge.architecture.towers_qwen_merge_graft import features_of
+
+    logits = text_logits(QwenMergeGraftForConditionalGeneration, merged.directory)
+    plain = text_logits(AutoModelForCausalLM, local_directory(language), dtype=logits.dtype)
+    results.judge("text logits", *difference(logits, plain, "logits of a text"))
+
+    with quiet():
+        model = QwenMergeGraftForConditionalGeneration.from_pretrained(merged.directory, torch_dtype="auto").eval()
+    tower, side = model.model.visual, config.vision_config.patch_size
+    rows = 4 if config.is_native else config.vision_config.image_size // side
+    grids = [(1, rows, rows)] * 2
+    channels = 3 if config.is_native else config.vision_config.num_channels
+    drawn = torch.Generator().manual_seed(0)
+    patches = torch.randn(2 * rows**2, channels * config.frames * side**2, generator=drawn).to(tower.dtype)
+    features = features_of(tower, patches, grids, config)
+    del model, tower
+    if config.is_native:
+        own = _own_vlm(vision, features.dtype)
+        unit = config.vision_config.spatial_merge_size
+        inputs: list[torch.Tensor] = []
+        own.merger.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+        own(in_units(patches, grids, unit), grid_thw=torch.tensor(grids))
+        plain, features = inputs[0].flatten(0, -2), in_units(features, grids, unit)
+    else:
+        plain = _own_features(vision, patches, rows, config)
+    results.judge("vision features", *difference(features, plain, "features of two pictures"))
+
+
+def _own_vlm(vision: Source, dtype: torch.dtype):
+    """The tower of a Qwen VLM, as transformers loads it."""
+    from transformers import AutoModelForImageTextToText
+
+    with quiet():
+        model = AutoModelForImageTextToText.from_pretrained(local_directory(vision), torch_dtype=dtype).eval()
+    return model.model.visual
+
+
+def _own_features(vision: Source, patches: torch.Tensor, rows: int, config: Any) -> torch.Tensor:
+    """Of square pictures, (patches, width): what the tower's own checkpoint gives behind its class tokens."""
+    from transformers import AutoModel
+
+    with quiet():
+        own = AutoModel.from_pretrained(local_directory(vision), torch_dtype=patches.dtype).eval()
+    own = getattr(own, "vision_model", own)
+    side = config.vision_config.patch_size
+    squares = patches.unflatten(0, (-1, rows, rows)).unflatten(3, (-1, side, side))
+    pixels = squares.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+    output = own(pixel_values=pixels, output_hidden_states=True)
+    layer = config.vision_feature_layer
+    states = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
+    return states[:, -(rows**2) :].flatten(0, 1)

@@ -1,0 +1,54 @@
+"""`qwen-merge verify` of grafts: what is sound passes whole, and each thing that is changed is named."""
+
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from qwen_merge import cli
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ("siglip", "mlp", "qwen3", "mrope"),
+        ("qwen2_vl", "linear", "qwen2", "1d"),
+        ("dinov2", "resampler", "qwen2", "mrope"),
+        ("qwen2_5_vl", "extended", "qwen3_moe", "mrope"),
+    ],
+    ids="-".join,
+)
+def test_a_graft_passes_every_check(graft, capsys, parts):
+    assert cli.main(["verify", str(graft(*parts))]) == 0
+    assert "6 passed, 0 failed, 0 not checked" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "check"),
+    [
+        ("visual.vision_model.encoder.layers.0.mlp.fc1.weight", "copied from VLM"),
+        ("model.layers.1.self_attn.q_proj.weight", "copied from LLM"),
+        ("projector.mlp.0.weight", "new tensors"),
+    ],
+)
+def test_control_one_changed_number_is_named(graft, capsys, tmp_path, name, check):
+    folder = shutil.copytree(graft("siglip", "mlp", "qwen3", "mrope"), tmp_path / "changed")
+    weights = load_file(folder / "model.safetensors")
+    weights[name].view(-1)[3] += 1e-3
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert cli.main(["verify", str(folder), "--no-forward"]) == 1
+    failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAIL")]
+    assert len(failed) == 1
+    assert check in failed[0]
+    assert name in failed[0]
+
+
+def test_a_missing_tensor_and_other_sources_are_named(graft, capsys, tmp_path):
+    folder = shutil.copytree(graft("siglip", "mlp", "qwen3", "mrope"), tmp_path / "changed")
+    weights = load_file(folder / "model.safetensors")
+    del weights["projector.norm.bias"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert cli.main(["verify", str(folder), "--no-forward"]) == 1
+    assert "missing projector.norm.bias" in capsys.readouterr().out
+    assert cli.main(["verify", str(folder), "--llm-path", str(graft.folder / "qwen2")]) == 1
+    assert "these sources do not make this checkpoint" in capsys.readouterr().out
