@@ -65,3 +65,34 @@ def tied(tmp_path_factory) -> Sources:
 def untied(tmp_path_factory) -> Sources:
     """As Qwen3-8B: a head of its own."""
     return Sources(tmp_path_factory.mktemp("untied"), tied=False)
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory) -> Path:
+    """A folder for each tower and LLM, by its name."""
+    import grafts
+
+    folder = tmp_path_factory.mktemp("grafts")
+    for kind in grafts.TOWERS:
+        grafts.make_tower(folder / kind, kind)
+    for number, kind in enumerate(grafts.LLMS):
+        grafts.make_language_model(folder / kind, kind, tied=number == 0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def graft(sources):
+    """Makes a graft once a session: (tower, projector, LLM, positions) -> its folder."""
+    import grafts
+    from qwen_merge import cli
+
+    def make(tower: str, projector: str, llm: str, positions: str) -> Path:
+        output = sources / "-".join((tower, projector, llm, positions))
+        if not output.exists():
+            file = grafts.write_recipe(
+                sources / "graft.yaml", sources / tower, projector, sources / llm, output, positions=positions
+            )
+            assert cli.main(["graft", str(file)]) == 0
+        return output
+
+    return make

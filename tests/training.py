@@ -82,6 +82,15 @@ def command(recipe: Path, *, model: Path, output: Path, data: Path, **overrides)
     return [cli, "train", str(recipe), *(f"{key}={value}" for key, value in values.items())]
 
 
+def train_here(recipe: Path, *, model: Path, output: Path, data: Path, **overrides) -> None:
+    """The same training in this process, for tests of what LLaMA-Factory's functions do and not of its launch."""
+    from llamafactory.train.tuner import run_exp
+
+    here = {name: yaml.safe_load(str(value)) for name, value in ON_CPU.items()}
+    values = yaml.safe_load(recipe.read_text()) | here | overrides
+    run_exp(values | {"model_name_or_path": str(model), "output_dir": str(output), "dataset_dir": str(data)})
+
+
 # What `data check` sets for its own process, which in the tests is the one that everything is launched from.
 SILENCED = ("LLAMAFACTORY_VERBOSITY", "TRANSFORMERS_VERBOSITY")
 

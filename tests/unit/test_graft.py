@@ -42,33 +42,6 @@ PAIRS = (
 )
 
 
-@pytest.fixture(scope="session")
-def sources(tmp_path_factory) -> Path:
-    """A folder for each tower and LLM, by its name."""
-    folder = tmp_path_factory.mktemp("grafts")
-    for kind in grafts.TOWERS:
-        grafts.make_tower(folder / kind, kind)
-    for number, kind in enumerate(grafts.LLMS):
-        grafts.make_language_model(folder / kind, kind, tied=number == 0)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def graft(sources):
-    """Makes a graft once a session: (tower, projector, LLM, positions) -> its folder."""
-
-    def make(tower: str, projector: str, llm: str, positions: str) -> Path:
-        output = sources / "-".join((tower, projector, llm, positions))
-        if not output.exists():
-            file = grafts.write_recipe(
-                sources / "graft.yaml", sources / tower, projector, sources / llm, output, positions=positions
-            )
-            assert cli.main(["graft", str(file)]) == 0
-        return output
-
-    return make
-
-
 def load(folder: Path):
     return AutoModelForImageTextToText.from_pretrained(folder).eval()
 

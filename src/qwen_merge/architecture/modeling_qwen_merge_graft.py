@@ -6,6 +6,8 @@ are the parts (`visual`, `projector`, `language_model`) and how tokens are numbe
 On the disk the tensors are named `visual.*`, `projector.*`, `model.*` and `lm_head.weight`.
 """
 
+from contextvars import ContextVar
+from functools import wraps
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel, Qwen2_5_VLPreTrainedModel
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeModel
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeModel, load_balancing_loss_func
 
 # Of a checkpoint's own code transformers copies what this file names and looks for what those files name, so all of it
 # is named here.
@@ -37,13 +39,22 @@ class GraftQwen3Model(MRopeDecoder, Qwen3Model):
     pass
 
 
+# Where a forward leaves what its routers said, if its configuration has `output_router_logits`: the result of
+# Qwen2_5_VLModel has no place for it.
+_ROUTERS: ContextVar[list | None] = ContextVar("routers", default=None)
+
+
 class GraftQwen3MoeModel(MRopeDecoder, Qwen3MoeModel):
     """Without packed rows: transformers 4.52's layers do not hand the offsets of the samples on to their attention."""
 
     def forward(self, *args, **kwargs):
         if PACKED.get():
             raise ValueError("Qwen3-MoE takes no packed samples: in one row they would see each other. Train unpacked.")
-        return super().forward(*args, **kwargs)
+        outputs = super().forward(*args, **kwargs)
+        routers = _ROUTERS.get()
+        if routers is not None:
+            routers.extend(logits for logits in outputs.router_logits or () if logits is not None)
+        return outputs
 
 
 class GraftQwen2Model(MRopeDecoder, Qwen2Model):
@@ -145,6 +156,22 @@ class QwenMergeGraftForConditionalGeneration(QwenMergeGraftPreTrainedModel, Qwen
         self.loss_type = "ForCausalLM"
         self.register_load_state_dict_pre_hook(names_of_memory)
         self.post_init()
+
+    @wraps(Qwen2_5_VL_MergeForConditionalGeneration.forward)
+    def forward(self, *args, labels=None, **kwargs):
+        """As in `qwen2_5_vl_merge`; Qwen3-MoE's router loss is in the loss where the text's configuration says so."""
+        routers: list[torch.Tensor] = []
+        token = _ROUTERS.set(routers)
+        try:
+            outputs = super().forward(*args, labels=labels, **kwargs)
+        finally:
+            _ROUTERS.reset(token)
+        if routers and labels is not None:
+            text = self.config.text_config
+            counts = (text.num_experts, text.num_experts_per_tok)
+            added = load_balancing_loss_func(tuple(routers), *counts, kwargs.get("attention_mask"))
+            outputs["loss"] = outputs["loss"] + text.router_aux_loss_coef * added.to(outputs["loss"].device)
+        return outputs
 
     def compile_blocks(self, **options) -> None:
         """As in `qwen2_5_vl_merge`, whose tower is the only one that is made for it."""

@@ -7,6 +7,7 @@ A picture becomes patches row by row, whatever the tower: `pixel_values` (patche
 from typing import Any
 
 import transformers
+from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_transforms import convert_to_rgb, resize
 from transformers.image_utils import (
@@ -45,6 +46,20 @@ class QwenMergeGraftImageProcessor(Qwen2VLImageProcessor):
         time, rows, columns = (int(number) for number in grid)
         return time * (self.queries or rows // self.merge_size * (columns // self.merge_size))
 
+    def grid(self, height: int, width: int) -> tuple[int, int, int]:
+        """The grid of a picture of so many pixels, without the picture."""
+        if self.tower_processor is not None:
+            if not hasattr(self, "_grid"):  # the same for all
+                one = self(images=[Image.new("RGB", (width, height))])
+                self._grid = tuple(int(number) for number in one["image_grid_thw"][0])
+            return self._grid
+        rows, columns = self._target(height, width, self.size)
+        return 1, rows // self.patch_size, columns // self.patch_size
+
+    def _target(self, height: int, width: int, size: dict[str, int]) -> tuple[int, int]:
+        bounds = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+        return smart_resize(height, width, factor=self.patch_size * self.factor, **bounds)
+
     def _preprocess(self, images, **kwargs):
         """One picture, or the frames of a video, to patches row by row and their grid."""
         kwargs["merge_size"] = 1  # rows, not squares
@@ -65,8 +80,7 @@ class QwenMergeGraftImageProcessor(Qwen2VLImageProcessor):
         array = to_numpy_array(convert_to_rgb(image))
         layout = ChannelDimension.LAST if hasattr(image, "convert") else infer_channel_dimension_format(array)
         height, width = get_image_size(array, channel_dim=layout)
-        bounds = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
-        target = smart_resize(height, width, factor=self.patch_size * self.factor, **bounds)
+        target = self._target(height, width, size)
         return resize(array, size=target, resample=self.resample, input_data_format=layout)
 
     def _of_the_tower(self, images):
@@ -78,7 +92,8 @@ class QwenMergeGraftImageProcessor(Qwen2VLImageProcessor):
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
-        output.pop("_own", None)
+        for made_when_needed in ("_own", "_grid"):
+            output.pop(made_when_needed, None)
         return {**output, "auto_map": dict(AUTO_MAP)}
 
 
@@ -90,8 +105,19 @@ class QwenMergeGraftProcessor(ProcessorMixin):
     image_processor_class = "AutoImageProcessor"
     tokenizer_class = "AutoTokenizer"
 
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, image_token="<|image_pad|>", **kwargs):
-        self.image_token = image_token
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        chat_template=None,
+        image_token="<|image_pad|>",
+        video_token="<|video_pad|>",
+        vision_start_token="<|vision_start|>",
+        vision_end_token="<|vision_end|>",
+        **kwargs,
+    ):
+        self.image_token, self.video_token = image_token, video_token
+        self.vision_start_token, self.vision_end_token = vision_start_token, vision_end_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token) if tokenizer is not None else None
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 

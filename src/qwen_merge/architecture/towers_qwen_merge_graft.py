@@ -5,11 +5,12 @@ their grids, (pictures, 3). Here the patches of a picture come row by row. What 
 before any projector, (patches, tower width), in the same order.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel
+from transformers import MODEL_MAPPING
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
 from .configuration_qwen_merge_graft import QwenMergeGraftConfig
@@ -43,6 +44,21 @@ class GraftQwen2VisionTransformer(Qwen2VisionTransformerPretrainedModel):
         self.merger = AsUnits(config.spatial_merge_size**2)
 
 
+class PictureTower:
+    """In front of a tower that takes whole pictures: pictures of all sizes in one call.
+
+    ZeRO-3 gathers weights call by call. With a call for each size, a rank whose pictures have fewer sizes than those of
+    another would gather less often, and both wait for ever. A trainer sees by `gathers_as_one` that all of it is to be
+    gathered at once (DeepSpeed's leaf modules).
+    """
+
+    gathers_as_one = True
+
+    def forward(self, patches: torch.Tensor, grids: Grids, config: QwenMergeGraftConfig) -> torch.Tensor:
+        """As `features_of`."""
+        return _of_pictures(super().forward, patches, grids, config)  # type: ignore[misc]
+
+
 def tower_of(config: QwenMergeGraftConfig) -> nn.Module:
     vision = config.vision_config
     native: dict[str, Any] = {"qwen2_vl": GraftQwen2VisionTransformer, "qwen2_5_vl": GraftQwen2_5_VisionTransformer}
@@ -50,7 +66,8 @@ def tower_of(config: QwenMergeGraftConfig) -> nn.Module:
         return native[vision.model_type]._from_config(vision)
     if vision.model_type == "siglip_vision_model":
         vision.vision_use_head = False  # it pools; nothing asks for one vector
-    return AutoModel.from_config(vision)
+    own = MODEL_MAPPING[type(vision)]
+    return type(f"Graft{own.__name__}", (PictureTower, own), {})._from_config(vision)
 
 
 def features_of(tower: nn.Module, patches: torch.Tensor, grids: Grids, config: QwenMergeGraftConfig) -> torch.Tensor:
@@ -67,10 +84,10 @@ def features_of(tower: nn.Module, patches: torch.Tensor, grids: Grids, config: Q
         device = patches.device
         units = tower(in_units(patches, grids, side), torch.tensor(grids, device=device))
         return in_rows(units.unflatten(1, (side**2, -1)).flatten(0, 1), grids, side)
-    return _of_pictures(tower, patches, grids, config)
+    return tower(patches, grids, config)
 
 
-def _of_pictures(tower: nn.Module, patches: torch.Tensor, grids: Grids, config: QwenMergeGraftConfig) -> torch.Tensor:
+def _of_pictures(tower: Callable, patches: torch.Tensor, grids: Grids, config: QwenMergeGraftConfig) -> torch.Tensor:
     """Pictures of one size go through the tower as one batch; class and register tokens are left behind."""
     vision, layer = config.vision_config, config.vision_feature_layer
     side, channels = vision.patch_size, vision.num_channels

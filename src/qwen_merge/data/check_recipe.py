@@ -20,6 +20,8 @@ from qwen_merge.errors import UserError
 
 # What a machine without a GPU cannot parse, and what says nothing about data.
 HERE = {"use_cpu": True, "report_to": "none", "deepspeed": None, "fsdp": ""}
+# Image processors that say, or of which is known, how many tokens a picture of some size has.
+COUNTED = ("Qwen2VLImageProcessor", "QwenMergeGraftImageProcessor")
 PREPARE = "`qwen-merge overlay apply llamafactory` registers it"
 
 
@@ -169,8 +171,8 @@ def load(arguments: Arguments) -> tuple[Any, Any, Any]:
     tokenizer, processor = module["tokenizer"], module["processor"]
     if processor is None:
         problems.append(f"{name} has a tokenizer but no processor (preprocessor_config.json); pictures need one.")
-    elif not (kind := type(processor.image_processor).__name__).startswith("Qwen2VLImageProcessor"):
-        problems.append(f"{name} has a {kind}; tokens of pictures can be counted for Qwen2VLImageProcessor only.")
+    elif not (kind := type(processor.image_processor).__name__).startswith(COUNTED):
+        problems.append(f"{name} has a {kind}; tokens of pictures can be counted for {' and '.join(COUNTED)} only.")
     if problems:
         raise _explained(problems)
     return tokenizer, processor, get_template_and_fix_tokenizer(tokenizer, arguments.data)

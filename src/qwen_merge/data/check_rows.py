@@ -62,31 +62,38 @@ class Row:
 
 
 class Grids:
-    """In place of Qwen2-VL's image processor: the grid of patches that each picture becomes, without the patches."""
+    """In place of the image processor: the grid of patches that each picture becomes, without the patches."""
 
     def __init__(self, real: Any):
         self.real = real
-        self.tokens = 0  # of all pictures since it was last set to 0
+        self.counted = 0  # tokens of all pictures since it was last set to 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.real, name)
 
-    def __call__(self, images: list, return_tensors: str | None = None) -> dict:
-        import numpy as np
+    def _grid(self, image) -> tuple[int, int, int]:
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-        patch, merge, size = self.real.patch_size, self.real.merge_size, self.real.size
-        grids = []
-        for image in images:
-            height, width = smart_resize(
-                image.height,
-                image.width,
-                factor=patch * merge,
-                min_pixels=size["shortest_edge"],
-                max_pixels=size["longest_edge"],
-            )
-            grids.append((1, height // patch, width // patch))
-        self.tokens += sum(t * h * w for t, h, w in grids) // merge**2
+        if hasattr(self.real, "grid"):  # a graft's
+            return self.real.grid(image.height, image.width)
+        patch, size = self.real.patch_size, self.real.size
+        height, width = smart_resize(
+            image.height,
+            image.width,
+            factor=patch * self.real.merge_size,
+            min_pixels=size["shortest_edge"],
+            max_pixels=size["longest_edge"],
+        )
+        return 1, height // patch, width // patch
+
+    def __call__(self, images: list, return_tensors: str | None = None) -> dict:
+        import numpy as np
+
+        grids = [self._grid(image) for image in images]
+        if hasattr(self.real, "tokens"):
+            self.counted += sum(map(self.real.tokens, grids))
+        else:
+            self.counted += sum(t * h * w for t, h, w in grids) // self.real.merge_size**2
         return {"image_grid_thw": np.array(grids)}
 
 
@@ -110,22 +117,25 @@ class Encoder:
         self.whole = make(processor=counting, data_args=whole)
         self.cut = make(processor=counting, data_args=arguments.data)
         self.real = make(processor=processor, data_args=arguments.data)
-        self.picture_token = self.tokenizer.convert_tokens_to_ids(self.template.mm_plugin.image_token)
+        self.spelling = self.template.mm_plugin.image_token
+        if hasattr(processor.image_processor, "tokens"):  # a graft, whose processor says
+            self.spelling = processor.image_token
+        self.picture_token = self.tokenizer.convert_tokens_to_ids(self.spelling)
         self.controls = CONTROLS
 
     def count(self, row: Row, prompt: list, response: list, system: str, tools: str, images: list) -> None:
         """Fill the token counts of `row`. The messages are LLaMA-Factory's, `images` are decoded pictures."""
         from llamafactory.extras.constants import IGNORE_INDEX
 
-        self.grids.tokens = 0
+        self.grids.counted = 0
         try:
             ids, labels = self.whole._encode_data_example(prompt, response, system, tools, images, [], [])
         except Exception as error:  # whatever its formatters and plug-in stumble over; training would end there
             row.problems.append((REFUSED, f"{type(error).__name__}: {error}"))
             return
-        row.full, row.picture_tokens = len(ids), self.grids.tokens
+        row.full, row.picture_tokens = len(ids), self.grids.counted
         if ids.count(self.picture_token) != row.picture_tokens:
-            row.problems.append((PICTURE_TOKEN, self.template.mm_plugin.image_token))
+            row.problems.append((PICTURE_TOKEN, self.spelling))
         elif len(ids) > self.cutoff:
             ids, labels = self.cut._encode_data_example(prompt, response, system, tools, images, [], [])
             if ids.count(self.picture_token) != row.picture_tokens:

@@ -108,7 +108,7 @@ def _add_files(companions: companion_files.Companions, recipe: Recipe, sources: 
     processor = {
         "processor_class": "QwenMergeGraftProcessor",
         "auto_map": {"AutoProcessor": AUTO_MAP["AutoProcessor"]},
-        "image_token": recipe.tokens.image,
+        **{f"{name}_token": spelling for name, spelling in vars(recipe.tokens).items()},
     }
     companions.files[PROCESSOR] = companion_files.encode(processor)
     _spell_tokens(companions, recipe.tokens)

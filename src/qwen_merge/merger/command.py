@@ -1,4 +1,4 @@
-"""`qwen-merge merge` and `qwen-merge verify`: their options, and what they print. Imports nothing heavy at its top."""
+"""`qwen-merge merge`, `verify`, `split-adapter`: their options, what they print. Imports nothing heavy at its top."""
 
 import argparse
 import os
@@ -17,6 +17,12 @@ something wanted are downloaded. The output appears complete or not at all.
 VERIFY_EPILOG = """\
 Prints one line per check: PASS, FAIL, or NOT CHECKED and why. Leaves with 0 when nothing failed, with 1 when something
 did. Sources are taken from the checkpoint's merge_manifest.json when they are still there.
+"""
+SPLIT_EPILOG = """\
+Writes OUTPUT/base, the base with the projector (and tower) that trained, and OUTPUT/adapter, low-rank matrices of the
+LLM alone, which is what vLLM takes. To merge the adapter into the base use `llamafactory-cli export`.
+
+  qwen-merge split-adapter outputs/my-vlm-lora --base my-vlm-base --output outputs/my-vlm-lora-split
 """
 
 
@@ -78,6 +84,17 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--no-forward", action="store_true", help="do not load the models to compare what they compute")
     parser.set_defaults(run=run_verify)
 
+    parser = subparsers.add_parser(
+        "split-adapter",
+        help="for vLLM: a LoRA training's whole parts into its base, the adapter apart",
+        epilog=SPLIT_EPILOG,
+        formatter_class=raw,
+    )
+    parser.add_argument("adapter", type=Path, help="what a LoRA training saved")
+    parser.add_argument("--base", required=True, type=Path, help="the checkpoint that it was trained on")
+    parser.add_argument("--output", required=True, type=Path, help="a new directory")
+    parser.set_defaults(run=run_split_adapter)
+
 
 def run_merge(arguments: argparse.Namespace) -> int:
     from qwen_merge.merger.configuration import RopeOptions
@@ -122,3 +139,13 @@ def run_verify(arguments: argparse.Namespace) -> int:
         revision=arguments.revision,
         forward=not arguments.no_forward,
     )
+
+
+def run_split_adapter(arguments: argparse.Namespace) -> int:
+    from qwen_merge.merger.split_adapter import split_adapter
+
+    split = split_adapter(arguments.adapter, arguments.base, arguments.output)
+    print(f"{split.output}")
+    print(f"  base           {len(split.exchanged)} tensors are the trained ones")
+    print(f"  adapter        {split.adapter_tensors} tensors")
+    return 0

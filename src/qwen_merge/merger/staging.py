@@ -175,6 +175,9 @@ def _explained(error: OSError, output: Path) -> UserError:
 
 def _sync_tree(directory: Path) -> None:
     for path in directory.iterdir():
+        if path.is_dir():
+            _sync_tree(path)
+            continue
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -54,6 +55,24 @@ def tiny_model(tie_word_embeddings: bool):
     config = AutoConfig.for_model(MODEL_TYPE, tie_word_embeddings=tie_word_embeddings, **TINY)
     torch.manual_seed(0)
     return AutoModelForImageTextToText.from_config(config)
+
+
+def tiny_graft(tie_word_embeddings: bool):
+    from qwen_merge.architecture.configuration_qwen_merge_graft import QwenMergeGraftConfig
+    from qwen_merge.architecture.modeling_qwen_merge_graft import QwenMergeGraftForConditionalGeneration
+
+    picture = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    not_the_llms = ("rope_scaling", "vision_config")
+    config = QwenMergeGraftConfig(
+        vision_config={"model_type": "siglip_vision_model", "image_size": 56, "patch_size": 14, **picture},
+        projector_config={"kind": "mlp", "merge_size": 2},
+        text_config={
+            "model_type": "qwen3",
+            "tie_word_embeddings": tie_word_embeddings,
+            **{key: value for key, value in TINY.items() if key not in not_the_llms},
+        },
+    )
+    return QwenMergeGraftForConditionalGeneration(config)
 
 
 # --- transformers ---
@@ -145,11 +164,12 @@ def templates_are_registered() -> None:
 def freeze_groups_hold_under_the_model_type() -> None:
     from llamafactory.hparams import FinetuningArguments, ModelArguments
     from llamafactory.model.adapter import init_adapter
-    from llamafactory.model.model_utils.qwen_merge import GROUPS, check_training
+    from llamafactory.model.model_utils.qwen_merge import check_training
+    from llamafactory.model.model_utils.qwen_merge_parts import part_of, parts_of
 
-    for tied in (True, False):
+    for make, tied in product((tiny_model, tiny_graft), (True, False)):
         for (vision, projector, llm), expected in STAGES.items():
-            model = tiny_model(tied)
+            model = make(tied)
             arguments = FinetuningArguments(
                 finetuning_type="full",
                 freeze_vision_tower=vision,
@@ -160,7 +180,7 @@ def freeze_groups_hold_under_the_model_type() -> None:
             trained = set()
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
-                    trained.add(next(group for prefix, group in GROUPS.items() if name.startswith(prefix)))
+                    trained.add(part_of(parts_of(model.config), name))
             wanted = expected - {"head"} if tied else expected
             require(trained == wanted, f"{'tied' if tied else 'untied'}: {trained} train, the stage says {wanted}")
             check_training(model, arguments)

@@ -1,10 +1,9 @@
-"""Checks a run on `qwen2_5_vl_merge` before its first step: what trains, and what cannot work.
+"""Checks a run on `qwen2_5_vl_merge` or on a graft before its first step: what trains, and what cannot work.
 
 Put here by `qwen-merge overlay apply llamafactory`; imports nothing from the kit, so that a checkout works on its own.
 """
 
 import os
-import sys
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Optional
 
@@ -12,49 +11,52 @@ import torch.distributed as dist
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ...extras import logging
+from .qwen_merge_liger import use_fused_loss
 from .qwen_merge_memory import checkpoint_layers
+from .qwen_merge_parts import given_rates, part_of, parts_of, problems_of_rates, stop, trained_parts
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
-    from ...hparams import FinetuningArguments
+    from ...hparams import FinetuningArguments, ModelArguments
 
 
 logger = logging.get_logger(__name__)
-
-# The first prefix that fits names the group. These are the model's own names on purpose: the check must not trust the
-# table that the freezing itself uses.
-GROUPS = {
-    "model.visual.merger.": "projector",
-    "model.visual.": "vision",
-    "model.language_model.": "LLM",
-    "lm_head.": "head",
-}
-
 
 # Process groups that are kept alive until the process ends, see keep_process_groups().
 _KEPT: list["dist.ProcessGroup"] = []
 
 
-def check_launch() -> None:
-    r"""Refuse what cannot work, before anything is loaded: ZeRO-3 over several CPU processes.
+def check_launch(config: Any, model_args: "ModelArguments", finetuning_args: "FinetuningArguments") -> None:
+    r"""Refuse what cannot work, before a model is loaded, all at once; and settle what the library does by model_type.
 
-    With DeepSpeed 0.16.9 and gloo it trains on garbage and exits normally: a race around GatheredParameters. On GPUs
-    these copies are ordered by a stream.
+    ZeRO-3 over several CPU processes: with DeepSpeed 0.16.9 and gloo it trains on garbage and exits normally, a race
+    around GatheredParameters. On GPUs these copies are ordered by a stream.
     """
-    keep_process_groups()
-    if not is_deepspeed_zero3_enabled():
+    problems = problems_of_rates(config, finetuning_args)
+    if parts_of(config) is None:
+        if problems:
+            stop("\n".join(problems))
         return
 
-    from deepspeed.accelerator import get_accelerator
+    keep_process_groups()
+    if finetuning_args.finetuning_type == "lora" and finetuning_args.freeze_language_model:
+        problems.append("finetuning_type: lora adapts the LLM, and freeze_language_model: true. Use finetuning_type: full.")
+    if is_deepspeed_zero3_enabled():
+        from deepspeed.accelerator import get_accelerator
 
-    world_size = int(os.getenv("WORLD_SIZE", "1"))
-    if get_accelerator().device_name() == "cpu" and world_size > 1:
-        _stop(
-            f"DeepSpeed ZeRO-3 with {world_size} CPU processes gives wrong weights without an error. "
-            "Use ZeRO-2 (deepspeed=examples/deepspeed/ds_z2_config.json) or a single process; ZeRO-3 is for GPUs."
-        )
+        world_size = int(os.getenv("WORLD_SIZE", "1"))
+        if get_accelerator().device_name() == "cpu" and world_size > 1:
+            problems.append(
+                f"DeepSpeed ZeRO-3 with {world_size} CPU processes gives wrong weights without an error. "
+                "Use ZeRO-2 (deepspeed=examples/deepspeed/ds_z2_config.json) or a single process; ZeRO-3 is for GPUs."
+            )
+    if problems:
+        stop("\n".join(problems))
+    if model_args.moe_aux_loss_coef and config.text_config.model_type == "qwen3_moe":
+        config.text_config.output_router_logits = True
+        config.text_config.router_aux_loss_coef = model_args.moe_aux_loss_coef
 
 
 def keep_process_groups() -> None:
@@ -78,45 +80,68 @@ def keep_process_groups() -> None:
     dist.destroy_process_group = destroy_process_group
 
 
+def let_all_train(model: "PreTrainedModel") -> None:
+    r"""Give a graft's tower its gradients, which its configuration (`freeze_vision`) may have taken: here the recipe
+    says what trains, and LLaMA-Factory only ever takes gradients away. Called before it does.
+    """
+    if parts_of(model.config) is not None:
+        model.requires_grad_(True)
+
+
 def check_training(model: "PreTrainedModel", finetuning_args: "FinetuningArguments") -> None:
-    r"""Log how many parameters of each group train, and stop the run when that is not what the recipe says.
+    r"""Log how many parameters of each part train, and stop the run when that is not what the recipe says.
 
     Called after the adapter set-up and before the first step. LLaMA-Factory freezes by a table looked up by model
-    type and says nothing when there is no entry: then everything trains.
+    type and says nothing when there is no entry: then everything trains. Under LoRA the LLM's own weights are frozen
+    and its adapters train; tower and projector train as a whole, or not.
     """
+    parts = parts_of(model.config)
+    if parts is None:
+        return
+
     trained: Counter[str] = Counter()
     total: Counter[str] = Counter()
     unexpected: dict[str, str] = {}
-    expected = {
-        "vision": not finetuning_args.freeze_vision_tower,
-        "projector": not finetuning_args.freeze_multi_modal_projector,
-        "LLM": not finetuning_args.freeze_language_model,
-        "head": not finetuning_args.freeze_language_model,
-    }
+    expected = trained_parts(finetuning_args)
+    by_lora = finetuning_args.finetuning_type == "lora"
+    asked = [f".{name}" for name in finetuning_args.additional_target or []]
     for name, param in model.named_parameters():
-        name = name.removeprefix("base_model.model.")  # PEFT's
-        group = next((group for prefix, group in GROUPS.items() if name.startswith(prefix)), None)
-        if group is None:
-            unexpected.setdefault("parameters of no known group", name)
+        part = part_of(parts, name)
+        if part is None:
+            unexpected.setdefault("parameters of no known part", name)
             continue
 
         numel = getattr(param, "ds_numel", param.numel())  # ZeRO-3 keeps empty shells
-        total[group] += numel
-        trained[group] += numel if param.requires_grad else 0
-        if param.requires_grad != expected[group]:
+        trained[part] += numel if param.requires_grad else 0
+        wanted = expected[part]
+        if by_lora:
+            copied, adapts = ".modules_to_save." in name, ".lora_" in name
+            if copied or adapts:
+                whole = name.split(".modules_to_save.")[0]
+                if adapts and part in ("vision", "projector"):
+                    unexpected.setdefault(f"{part} has adapters, which are for the LLM", name)
+                elif copied and part in ("LLM", "head") and not whole.endswith(tuple(asked)):
+                    unexpected.setdefault(f"{part} trains beside its adapters, and additional_target does not say so", name)
+            else:
+                total[part] += numel
+            if ".original_module." in name or (part in ("LLM", "head") and not copied and not adapts):
+                wanted = False
+        else:
+            total[part] += numel
+        if param.requires_grad != wanted:
             verb = "trains" if param.requires_grad else "is frozen"
-            unexpected.setdefault(f"{group} {verb}, and the recipe says the opposite", name)
+            unexpected.setdefault(f"{part} {verb}, and the recipe says the opposite", name)
 
-    for group in ("vision", "projector", "LLM", "head"):
-        if total[group]:
-            logger.info_rank0(f"Trainable parameters of {group}: {trained[group]:,} of {total[group]:,}")
-        elif group == "head":
+    for part in ("vision", "projector", "LLM", "head"):
+        if total[part]:
+            logger.info_rank0(f"Trainable parameters of {part}: {trained[part]:,} of {total[part]:,}")
+        elif part == "head":
             logger.info_rank0("Trainable parameters of head: tied to the LLM's embeddings, counted there")
 
-    # LoRA and layer-wise freezing train parts of a group: logged above, nothing to compare with.
-    if unexpected and finetuning_args.finetuning_type == "full":
+    # Layer-wise freezing trains parts of a part: logged above, nothing to compare with.
+    if unexpected and finetuning_args.finetuning_type != "freeze":
         details = "".join(f"\n  - {problem} (first: {name})" for problem, name in unexpected.items())
-        _stop(
+        stop(
             "The trainable parameters are not those of the recipe (freeze_vision_tower: "
             f"{finetuning_args.freeze_vision_tower}, freeze_multi_modal_projector: "
             f"{finetuning_args.freeze_multi_modal_projector}, freeze_language_model: "
@@ -125,11 +150,30 @@ def check_training(model: "PreTrainedModel", finetuning_args: "FinetuningArgumen
         )
 
 
+def gather_as_one(model: "PreTrainedModel") -> None:
+    r"""Under ZeRO-3: what ranks do not run through alike is gathered as a whole, or they would wait for each other.
+
+    Towers that take whole pictures run once for each size, and experts once for each that a token is sent to.
+    LLaMA-Factory knows the experts by the model_type of a text model.
+    """
+    if parts_of(model.config) is None or not is_deepspeed_zero3_enabled():
+        return
+
+    classes = {type(module) for module in model.modules()}
+    whole = [cls for cls in classes if getattr(cls, "gathers_as_one", False) or cls.__name__.endswith("SparseMoeBlock")]
+    if whole:
+        from deepspeed.utils import set_z3_leaf_modules
+
+        set_z3_leaf_modules(model, whole)
+        logger.info_rank0("ZeRO-3 gathers as a whole: {}.".format(", ".join(cls.__name__ for cls in whole)))
+
+
 def prepare_training(
     model: "PreTrainedModel",
     args: "TrainingArguments",
     callbacks: list["TrainerCallback"],
     train_dataset: Any = None,
+    finetuning_args: Optional["FinetuningArguments"] = None,
     **kwargs,
 ) -> None:
     r"""What this architecture can do in a fine-tuning run, settled before Trainer reads its arguments, which these are.
@@ -139,25 +183,38 @@ def prepare_training(
     for the vision tower, one for the LLM's layers. Trainer's own way compiles the model as a whole, which breaks at
     every picture and begins anew for every length. Called when it is settled what trains.
     """
-    if getattr(model.config, "model_type", None) != "qwen2_5_vl_merge":
+    if parts_of(model.config) is None:
         return
+
+    own = [name for name in ("optimizer", "scheduler") if name in deepspeed_config(args)]
+    if own and given_rates(finetuning_args):
+        stop(
+            f"The DeepSpeed configuration has its own {' and '.join(own)}, which know one learning rate; the recipe has "
+            f"one more for {' and '.join(given_rates(finetuning_args))}. Take them out, as in examples/deepspeed/."
+        )
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     attention = base.model.language_model.config._attn_implementation
     if getattr(train_dataset, "is_packed", False) and attention not in ("sdpa", "flash_attention_2"):
-        _stop(
+        stop(
             f"Packed samples would see each other in {attention} attention, which takes no offsets. "
             "Set flash_attn: sdpa, or fa2 where flash-attn is installed."
         )
     base.loss_without_logits = True
+    use_fused_loss(base)
     try:
         callback = checkpoint_layers(base, getattr(train_dataset, "is_packed", False))
     except ValueError as error:
-        _stop(str(error))
+        stop(str(error))
     if callback is not None:
         callbacks.append(callback)
     if args.torch_compile:
         _compile_layers(base, args)
+
+
+def deepspeed_config(args: "TrainingArguments") -> dict[str, Any]:
+    found = getattr(args, "hf_deepspeed_config", None)
+    return found.config if found is not None else {}
 
 
 def _compile_layers(model: "PreTrainedModel", args: "TrainingArguments") -> None:
@@ -179,8 +236,3 @@ def _compile_layers(model: "PreTrainedModel", args: "TrainingArguments") -> None
     options = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode, "dynamic": True}
     model.compile_blocks(**{name: value for name, value in options.items() if value is not None})
     logger.info_rank0("The layers of both towers are compiled; the first step takes a minute or two longer.")
-
-
-def _stop(message: str) -> None:
-    logger.error(message)
-    sys.exit(2)

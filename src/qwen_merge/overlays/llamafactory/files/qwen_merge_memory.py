@@ -1,4 +1,4 @@
-"""Activation checkpointing for no more of the LLM's layers than memory asks for (`qwen2_5_vl_merge`, packed samples).
+"""Activation checkpointing for no more of the LLM's layers than memory asks for (packed samples of this kit's models).
 
 Put here by `qwen-merge overlay apply llamafactory`. LLaMA-Factory checkpoints every layer that trains, at the price of
 a forward more, or none. Packs are all equally long, so that one step shows what every step needs: in the second step,

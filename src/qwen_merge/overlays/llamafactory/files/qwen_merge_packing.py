@@ -1,4 +1,4 @@
-"""Packing for `qwen2_5_vl_merge` (`packing: true`, `neat_packing: true`): samples share a row and nothing else.
+"""Packing for `qwen2_5_vl_merge` and grafts (`packing: true`, `neat_packing: true`): samples share a row and nothing else.
 
 Put here by `qwen-merge overlay apply llamafactory`. LLaMA-Factory's own packing plans a thousand rows at a time, pads
 every pack to cutoff_len, masks attention with a square of all its tokens, and copies all pictures into its cache twice.
@@ -55,7 +55,7 @@ class Grids:
 
     def __init__(self, real: Any) -> None:
         self.real = real
-        self.patches = 0  # of all that were seen since it was last set to 0
+        self.patches = self.placeholders = 0  # of all that were seen since they were last set to 0
 
     def __getattr__(self, name: str) -> Any:
         if name == "real":  # while it is unpickled
@@ -63,6 +63,8 @@ class Grids:
         return getattr(self.real, name)
 
     def _grid(self, image: "Image.Image", frames: int) -> tuple[int, int, int]:
+        if hasattr(self.real, "grid"):  # a graft's
+            return -(-frames // self.real.temporal_patch_size), *self.real.grid(image.height, image.width)[1:]
         patch, size = self.real.patch_size, self.real.size
         height, width = smart_resize(
             image.height,
@@ -78,7 +80,10 @@ class Grids:
             name, grids = "image_grid_thw", [self._grid(image, 1) for image in images or []]
         else:
             name, grids = "video_grid_thw", [self._grid(video[0], len(video)) for video in videos]
-        self.patches += sum(frames * height * width for frames, height, width in grids)
+        patches = [frames * height * width for frames, height, width in grids]
+        self.patches += sum(patches)
+        of_graft = hasattr(self.real, "tokens")
+        self.placeholders += sum(map(self.real.tokens, grids) if of_graft else (n // self.real.merge_size**2 for n in patches))
         return {name: torch.tensor(grids)}
 
 
@@ -98,8 +103,7 @@ class Samples:
         self.align, self.processor = align, copy(processor)
         mm_processor = self.processor.processor = copy(processor.processor)
         self.grids = mm_processor.image_processor = Grids(mm_processor.image_processor)
-        self.merge = self.grids.merge_size**2  # patches a token
-        self.picture_ids = picture_ids(processor.template, processor.tokenizer)
+        self.picture_ids = picture_ids(processor.template, processor.tokenizer, processor.processor)
 
     def encode(self, row: dict) -> Optional[dict[str, Any]]:
         r"""One feature, or None when the row is no conversation or `cutoff_len` cuts into a picture."""
@@ -108,26 +112,25 @@ class Samples:
         aligned["_images"] = images and [outline(image) for image in images]
         features = self.processor.preprocess_dataset({name: [value] for name, value in aligned.items()})
         patches, self.grids.patches = self.grids.patches, 0
+        placeholders, self.grids.placeholders = self.grids.placeholders, 0
         if not features.get("input_ids"):
             return None
         feature = {name: values[0] for name, values in features.items()}
-        feature["images"] = images
-        return feature if self.patches(feature) == patches else None
-
-    def patches(self, feature: dict[str, Any]) -> int:
-        return self.merge * sum(feature["input_ids"].count(number) for number in self.picture_ids)
+        feature |= {"images": images, "patches": patches}
+        found = sum(feature["input_ids"].count(number) for number in self.picture_ids)
+        return feature if found == placeholders else None
 
     def measure(self, rows: dict[str, list]) -> dict[str, list[int]]:
         r"""Tokens and patches of each row of a batch; no tokens for a row that cannot be trained on."""
         features = [self.encode(dict(zip(rows, values))) for values in zip(*rows.values())]
         return {
             "tokens": [len(feature["input_ids"]) if feature else 0 for feature in features],
-            "patches": [self.patches(feature) if feature else 0 for feature in features],
+            "patches": [feature["patches"] if feature else 0 for feature in features],
         }
 
 
-def picture_ids(template, tokenizer) -> list[int]:
-    return tokenizer.convert_tokens_to_ids([template.mm_plugin.image_token, template.mm_plugin.video_token])
+def picture_ids(template, tokenizer, processor) -> list[int]:
+    return tokenizer.convert_tokens_to_ids(list(template.mm_plugin.spelling(processor)))
 
 
 @dataclass
@@ -200,7 +203,7 @@ class StreamedPacks(IterableDataset):
 
     def _packs(self, features: list[dict[str, Any]]) -> list[dict[str, list[dict[str, Any]]]]:
         lengths = np.array([len(feature["input_ids"]) for feature in features])
-        patches = np.array([self.samples.patches(feature) for feature in features])
+        patches = np.array([feature["patches"] for feature in features])
         plan = make_plan(lengths, patches, self.capacity, self.group, self.seed, self.patch_cost)
         return [{"pack": [features[i] for i in plan.pack(number)]} for number in range(len(plan))]
 
@@ -303,10 +306,17 @@ def get_packed_dataset(template, model_args, data_args, training_args, tokenizer
 def _patch_cost(model_args, data_args) -> float:
     from ..hparams import FinetuningArguments
     from ..model.loader import load_config
+    from ..model.model_utils.qwen_merge_parts import PARTS
 
     config = load_config(model_args)
-    if config.model_type != "qwen2_5_vl_merge":
-        _stop(f"packing with template {data_args.template} is for qwen2_5_vl_merge, and this is {config.model_type}.")
+    if config.model_type not in PARTS:
+        known = " and ".join(PARTS)
+        _stop(f"packing with template {data_args.template} is for {known}, and this is {config.model_type}.")
+    if config.text_config.model_type == "qwen3_moe":
+        _stop(
+            "Qwen3-MoE takes no packed samples: transformers' layers do not hand on where they end, and they would see "
+            "each other. Remove neat_packing and packing; group_by_length: true saves padding."
+        )
     recipe = getattr(data_args, "finetuning_args", None) or FinetuningArguments()  # set by train/sft/workflow.py
     return patch_cost(
         config,
@@ -349,11 +359,11 @@ def collate_packs(collator: MultiModalDataCollatorForSeq2Seq, packs: list[dict])
     the longest sample, and the pictures in the order of their samples; and what the model would have to ask the device
     for (`KNOWN` in its module): lengths, grids, and the places of pictures' tokens and of labels.
     """
-    features = [feature for pack in packs for feature in pack["pack"]]
+    features = [{k: v for k, v in feature.items() if k != "patches"} for pack in packs for feature in pack["pack"]]
     batch = MultiModalDataCollatorForSeq2Seq.__call__(collator, features)
     attention_mask = batch.pop("attention_mask").bool()
     # Where no sample has a picture, LLaMA-Factory puts one behind the mask, so that all ranks run the vision tower.
-    kinds = picture_ids(collator.template, collator.tokenizer)
+    kinds = picture_ids(collator.template, collator.tokenizer, collator.processor)
     keep = attention_mask | torch.isin(batch["input_ids"], torch.tensor(kinds))
     labels = batch["labels"].masked_fill(~attention_mask, IGNORE_INDEX)
     labels[torch.arange(len(labels)), keep.int().argmax(1)] = IGNORE_INDEX  # what stands before does not predict it

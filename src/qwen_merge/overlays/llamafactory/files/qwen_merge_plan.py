@@ -87,18 +87,46 @@ def divided(packs: list[list[int]], group: int) -> list[list[int]]:
 def patch_cost(config, vision_trains: bool, projector_trains: bool, llm_trains: bool) -> float:
     r"""Work of one patch in the vision tower and the projector, in tokens of the LLM, by the weights each goes through.
 
-    config: a Qwen2_5_VL_MergeConfig. What trains costs three forwards; what is frozen costs one, and two where it
+    config: a Qwen2_5_VL_MergeConfig or QwenMergeGraftConfig. What trains costs three forwards; what is frozen costs one, and two where it
     passes a gradient on: the LLM to the projector. Attention's own products are left out.
     """
+    graft = getattr(config, "projector_config", None)
+    tower, projector = _qwen_merge_weights(config) if graft is None else _graft_weights(config, graft)
+    head_width = getattr(config.text_config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = (config.num_attention_heads + config.num_key_value_heads) * head_width
+    llm = config.num_hidden_layers * config.hidden_size * (2 * heads + 3 * config.intermediate_size)
+    before = (3 if vision_trains else 1) * tower + (3 if projector_trains else 2 if vision_trains else 1) * projector
+    return before / ((3 if llm_trains else 2 if vision_trains or projector_trains else 1) * llm)
+
+
+def _qwen_merge_weights(config) -> tuple[float, float]:
     vision, width = config.vision_config, config.vision_config.hidden_size
     tower = vision.depth * width * (4 * width + 3 * vision.intermediate_size)
     unit = vision.spatial_merge_size**2
     hidden, out = unit * width, vision.out_hidden_size
-    projector = (hidden * hidden + hidden * out + out * vision.out_hidden_size2) / unit
-    heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
-    llm = config.num_hidden_layers * config.hidden_size * (2 * heads + 3 * config.intermediate_size)
-    before = (3 if vision_trains else 1) * tower + (3 if projector_trains else 2 if vision_trains else 1) * projector
-    return before / ((3 if llm_trains else 2 if vision_trains or projector_trains else 1) * llm)
+    return tower, (hidden * hidden + hidden * out + out * vision.out_hidden_size2) / unit
+
+
+def _graft_weights(config, projector: dict) -> tuple[float, float]:
+    r"""Weights of the tower and of the projector that a patch goes through; a resampler's queries are left out."""
+    vision, width, out = config.vision_config, config.vision_width, config.hidden_size
+    inner = getattr(vision, "intermediate_size", None) or int(vision.mlp_ratio * width)
+    gates = 3 if vision.model_type == "qwen2_5_vl" else 2
+    layers = getattr(vision, "depth", None) or vision.num_hidden_layers
+    unit = config.merge_size**2
+    hidden = unit * width
+    kind = projector["kind"]
+    if kind == "mlp":
+        between = projector.get("hidden_size") or out
+        weights = (hidden * between + between * out) / unit
+    elif kind == "resampler":
+        weights = width * out + 2 * out * out
+    elif kind == "linear":
+        weights = width * out
+    else:
+        first = projector.get("out_hidden_size", out)
+        weights = (hidden * hidden + hidden * first + (first * out if kind == "extended" else 0)) / unit
+    return layers * width * (4 * width + gates * inner), weights
 
 
 def make_plan(
