@@ -4,17 +4,30 @@ vision = make_tower(tmp_path / "siglip", "siglip")
 llm = make_language_model(tmp_path / "moe", "qwen3_moe")
 """
 
+import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from checkpoints import LLM_CONFIG, VLM_CONFIG, make_llm, make_tokenizer, make_vlm, write_json
+from checkpoints import (
+    LLM_CONFIG,
+    TOKEN_IDS,
+    VLM_CONFIG,
+    make_llm,
+    make_tokenizer,
+    make_vlm,
+    save_weights,
+    write_json,
+)
 
-TOWERS = ("qwen2_5_vl", "qwen2_vl", "clip", "siglip", "dinov2", "dinov2_with_registers")
-LLMS = ("qwen3", "qwen3_moe", "qwen2")
+HAS_QWEN3_VL = find_spec("transformers.models.qwen3_vl") is not None  # from 4.57 on; its decoder alone is a Qwen3's
+TOWERS = ("qwen2_5_vl", "qwen2_vl", "clip", "siglip", "dinov2", "dinov2_with_registers") + ("qwen3_vl",) * HAS_QWEN3_VL
+LLMS = ("qwen3", "qwen3_moe", "qwen2", "qwen3_vl")
 PROJECTORS: dict[str, dict[str, Any]] = {
+    "own": {},
     "extended": {},
     "patch_merger": {},
     "linear": {},
@@ -26,11 +39,25 @@ _VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "pa
 _TEXT = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20}
 # As the published checkpoints spell them: an old name, a size that patches do not fill, a fast class.
 LEFT_OVER = 4
+QWEN3_VL_VISION: dict[str, Any] = {
+    "model_type": "qwen3_vl", "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 16,
+    "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1], "spatial_merge_size": 2,
+    "temporal_patch_size": 2, "in_channels": 3,
+}  # fmt: skip
 PREPROCESSORS: dict[str, dict[str, Any]] = {
     "clip": {"feature_extractor_type": "CLIPFeatureExtractor", "size": SIZE, "crop_size": SIZE, "do_center_crop": True},
     "siglip": {
         "image_processor_type": "SiglipImageProcessor",
         "size": {"height": SIZE + LEFT_OVER, "width": SIZE + LEFT_OVER},
+    },
+    "qwen3_vl": {
+        "image_processor_type": "Qwen2VLImageProcessorFast",
+        "size": {"shortest_edge": 32 * 32, "longest_edge": 16777216},
+        "patch_size": 16,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
     },
     "dinov2": {
         "image_processor_type": "BitImageProcessorFast",
@@ -56,6 +83,8 @@ def make_tower(folder: Path, kind: str, dtype: str = "float32") -> Path:
 
     if kind == "qwen2_5_vl":
         return make_vlm(folder, dtype=dtype)
+    if kind == "qwen3_vl":
+        return make_qwen3_vl(folder, dtype=dtype)
     if kind == "qwen2_vl":
         vision = {"depth": 2, "embed_dim": 32, "hidden_size": 48, "num_heads": 2, "mlp_ratio": 2}
         text = {name: VLM_CONFIG[name] for name in ("intermediate_size", "num_hidden_layers", "vocab_size")}
@@ -86,6 +115,8 @@ def make_language_model(folder: Path, kind: str, tied: bool = False, dtype: str 
 
     if kind == "qwen3":
         return make_llm(folder, tied=tied, dtype=dtype)
+    if kind == "qwen3_vl":
+        return make_qwen3_vl(folder, tied=tied, dtype=dtype)
     shared = {name: value for name, value in LLM_CONFIG.items() if name not in ("architectures", "model_type")}
     shared |= {"tie_word_embeddings": tied, "torch_dtype": dtype}
     if kind == "qwen3_moe":
@@ -98,6 +129,70 @@ def make_language_model(folder: Path, kind: str, tied: bool = False, dtype: str 
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     make_tokenizer(folder)
     return folder
+
+
+def make_qwen3_vl(folder: Path, tied: bool = False, dtype: str = "float32") -> Path:
+    """A Qwen3-VL as it is published. Where transformers does not know it, its decoder, and one tensor of the tower."""
+    import transformers
+
+    text = {name: value for name, value in LLM_CONFIG.items() if name not in ("architectures", "torch_dtype")}
+    text |= {"model_type": "qwen3_vl_text", "tie_word_embeddings": tied, "rope_theta": 5000000, "dtype": dtype}
+    text["rope_scaling"] = {"mrope_interleaved": True, "mrope_section": [6, 5, 5], "rope_type": "default"}
+    config = {
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "model_type": "qwen3_vl",
+        "text_config": text,
+        "vision_config": {**QWEN3_VL_VISION, "out_hidden_size": text["hidden_size"]},
+        "tie_word_embeddings": tied,
+        **{f"{name}_token_id": TOKEN_IDS[f"<|{name}_pad|>"] for name in ("image", "video")},
+        **{f"vision_{name}_token_id": TOKEN_IDS[f"<|vision_{name}|>"] for name in ("start", "end")},
+    }
+    if HAS_QWEN3_VL:
+        whole = transformers.Qwen3VLForConditionalGeneration(
+            transformers.Qwen3VLConfig(**json.loads(json.dumps(config)))
+        )
+        draw(whole, seed=8)
+        weights = whole.state_dict()
+    else:
+        decoder = transformers.Qwen3ForCausalLM(qwen3_config(config))
+        draw(decoder, seed=8)
+        weights = {
+            name.replace("model.", "model.language_model.", 1): tensor for name, tensor in decoder.state_dict().items()
+        }
+        weights["model.visual.pos_embed.weight"] = torch.zeros(4, 4)
+    if tied:
+        del weights["lm_head.weight"]
+    save_weights(folder, {name: tensor.to(getattr(torch, dtype)).contiguous() for name, tensor in weights.items()})
+    write_json(folder / "config.json", config)
+    make_tokenizer(folder)
+    write_json(folder / "preprocessor_config.json", PREPROCESSORS["qwen3_vl"])
+    return folder
+
+
+def qwen3_config(config: dict):
+    """Of the decoder in a Qwen3-VL, as a plain Qwen3."""
+    import transformers
+
+    fields = {name: value for name, value in config["text_config"].items() if name not in ("model_type", "dtype")}
+    return transformers.Qwen3Config(**{**fields, "rope_scaling": None})
+
+
+def language_model(folder: Path):
+    """The LLM of a source as a causal LM of transformers: of a Qwen3-VL its decoder as a plain Qwen3."""
+    import transformers
+    from safetensors.torch import load_file
+
+    config = json.loads((folder / "config.json").read_text())
+    if config["model_type"] != "qwen3_vl":
+        return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    model = transformers.Qwen3ForCausalLM(qwen3_config(config))
+    weights = {
+        name.replace("language_model.", "", 1): tensor
+        for name, tensor in load_file(folder / "model.safetensors").items()
+        if not name.startswith("model.visual.")
+    }
+    model.load_state_dict(weights)
+    return model.eval()
 
 
 def write_recipe(path: Path, tower: Path, kind: str, language_model: Path, output: Path, **values: Any) -> Path:

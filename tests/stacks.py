@@ -12,7 +12,6 @@ FIRST_STACK = {"transformers": "4.52.3"}  # what tells it from others
 
 LLAMAFACTORY = "LLaMA-Factory learns the architecture by an overlay, which is for 0.9.3"
 THINKING_BUDGETS = "thinking budgets are refused on vLLM 0.12"
-GRAFTS = "grafts run on transformers 4.52 only; 4.57 calls image processors and names tensors otherwise"
 MEND = "vLLM 0.12's kernels load without the mend"
 NEEDS_FIRST_STACK = {
     "integration/test_overlays.py": "overlays are for the first stack's versions",
@@ -24,8 +23,6 @@ NEEDS_FIRST_STACK = {
     "unit/test_data_check.py": LLAMAFACTORY,
     "unit/test_data_show.py::test_every_row_is_there_with*": LLAMAFACTORY,
     "unit/test_data_show.py::test_a_set_of_which_no_row_can_be*": LLAMAFACTORY,
-    "unit/test_graft.py": GRAFTS,
-    "unit/test_graft_recipe.py::test_the_plan_is_what_is_made*": GRAFTS,
     "unit/test_layer_checkpointing.py": LLAMAFACTORY,
     "unit/test_templates.py": LLAMAFACTORY,
     "unit/test_training_and_inference.py": LLAMAFACTORY,

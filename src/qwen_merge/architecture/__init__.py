@@ -6,15 +6,15 @@ as the overlay's new folder inside transformers, and as the code that travels wi
 
 from pathlib import Path
 
+from qwen_merge.architecture.kinds_qwen_merge_graft import CODE
+
 
 def _files(architecture: str, *parts: str) -> tuple[Path, ...]:
     return tuple(Path(__file__).with_name(f"{part}_{architecture}.py") for part in parts)
 
 
 CODE_FILES = _files("qwen2_5_vl_merge", "configuration", "vision", "modeling")
-GRAFT_CODE_FILES = CODE_FILES + _files(
-    "qwen_merge_graft", "configuration", "projectors", "towers", "modeling", "processing"
-)
+GRAFT_CODE_FILES = tuple(Path(__file__).with_name(f"{module}.py") for module in CODE)
 
 
 def register() -> None:

@@ -92,6 +92,13 @@ def _normalised_rope_scaling(rope_scaling: dict | None, head_dim: int) -> dict:
     return rope_scaling
 
 
+def with_torch_dtype(*parts: dict) -> None:
+    """transformers 4.57 writes `dtype` and reads both names; 4.52 and the contract know `torch_dtype` only."""
+    for part in parts:
+        if "dtype" in part:
+            part["torch_dtype"] = part.pop("dtype")
+
+
 class Qwen2_5_VL_MergeConfig(PretrainedConfig):
     """A vision tower, a text tower and the ids of the tokens that stand for pictures.
 
@@ -159,9 +166,7 @@ class Qwen2_5_VL_MergeConfig(PretrainedConfig):
         if rope_scaling["rope_type"] == "default":
             rope_scaling = {"type": "mrope", "mrope_section": rope_scaling["mrope_section"]}
         output["rope_scaling"] = rope_scaling
-        for part in (output, output["vision_config"]):
-            if "dtype" in part:  # transformers 4.57 writes this name and reads both; 4.52 and the contract: torch_dtype
-                part["torch_dtype"] = part.pop("dtype")
+        with_torch_dtype(output, output["vision_config"])
         output["vision_config"].pop("torch_dtype", None)  # from_pretrained sets it on each part; the top level has it
         return output
 

@@ -11,24 +11,26 @@ from math import lcm
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers.configuration_utils import PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 
+from .configuration_qwen2_5_vl_merge import with_torch_dtype
+from .kinds_qwen_merge_graft import CODE, LLMS, POSITIONS, PROJECTORS, QUERIES
+
+try:
+    from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
+except ImportError:  # before 4.57
+    Qwen3VLVisionConfig = None
+
 # Towers that take any grid of patches; the others take pictures as a whole. The Auto classes know only whole models
 # under these names.
-NATIVE_TOWERS = {"qwen2_vl": Qwen2VLVisionConfig, "qwen2_5_vl": Qwen2_5_VLVisionConfig}
+NATIVE_TOWERS = {"qwen2_vl": Qwen2VLVisionConfig, "qwen2_5_vl": Qwen2_5_VLVisionConfig, "qwen3_vl": Qwen3VLVisionConfig}
 PICTURE_TOWERS = ("clip_vision_model", "siglip_vision_model", "dinov2", "dinov2_with_registers")
-LLMS = ("qwen3", "qwen3_moe", "qwen2")
-PROJECTORS = ("extended", "patch_merger", "linear", "mlp", "resampler")
-POSITIONS = ("mrope", "1d")
-QUERIES = 256  # of a resampler, as in Qwen-VL
 
 _STEM = "qwen_merge_graft"
-CODE = tuple(f"{part}_{_STEM}" for part in ("configuration", "towers", "projectors", "modeling", "processing")) + tuple(
-    f"{part}_qwen2_5_vl_merge" for part in ("configuration", "vision", "modeling")
-)
 _FOR_GENERATION = f"modeling_{_STEM}.QwenMergeGraftForConditionalGeneration"
 AUTO_MAP = {
     "AutoConfig": f"configuration_{_STEM}.QwenMergeGraftConfig",
@@ -43,13 +45,23 @@ def vision_config_of(values: dict[str, Any]) -> PretrainedConfig:
     """The configuration of a tower.
 
     Raises:
-        ValueError: no tower of that `model_type` is known.
+        ValueError: no tower of that `model_type` is known, or not to this transformers.
     """
     kind = values.get("model_type")
     _check("vision_config's model_type", kind, (*NATIVE_TOWERS, *PICTURE_TOWERS))
+    check_version(kind)
     if kind in NATIVE_TOWERS:
         return NATIVE_TOWERS[kind](**values)
     return CONFIG_MAPPING[kind](**{name: value for name, value in values.items() if name != "model_type"})
+
+
+def check_version(kind: Any) -> None:
+    """Raises ValueError when this transformers is too old for the tower."""
+    if NATIVE_TOWERS.get(kind, kind) is None:
+        raise ValueError(
+            f"the tower {kind} needs transformers 4.57 or later, and this is {transformers.__version__}; the kit's "
+            "environment with it: ./scripts/env.sh --stack current"
+        )
 
 
 def text_config_of(values: dict[str, Any]) -> PretrainedConfig:
@@ -83,6 +95,7 @@ class QwenMergeGraftConfig(PretrainedConfig):
         text_config: the LLM's own fields, `model_type` among them.
         positions: "mrope": rotary positions with a time, a height and a width; "1d": as a text has.
         mrope_section: their shares of half of `head_dim`; a time of 0 leaves height and width.
+        mrope_interleaved: they take turns (Qwen3-VL), instead of lying one behind the other (Qwen2.5-VL).
         vision_feature_layer: which layer's output is taken of a tower that takes whole pictures (-1: its result).
         freeze_vision: the tower is made without gradients; a trainer may give them back.
         image_token_id, video_token_id, vision_start_token_id, vision_end_token_id: as the tokenizer numbers them.
@@ -102,6 +115,7 @@ class QwenMergeGraftConfig(PretrainedConfig):
         text_config: "dict | PretrainedConfig | None" = None,
         positions: str = "mrope",
         mrope_section: list[int] | None = None,
+        mrope_interleaved: bool = False,
         vision_feature_layer: int = -1,
         freeze_vision: bool = True,
         image_token_id: int = 151655,
@@ -117,9 +131,9 @@ class QwenMergeGraftConfig(PretrainedConfig):
         _check("positions", positions, POSITIONS)
         self.positions, self.vision_feature_layer = positions, vision_feature_layer
         self.freeze_vision = freeze_vision
-        self.mrope_section = mrope_section
+        self.mrope_section, self.mrope_interleaved = mrope_section, mrope_interleaved
         if positions == "mrope":
-            self.mrope_section = sections_of(text, mrope_section)
+            self.mrope_section = sections_of(text, mrope_section, mrope_interleaved)
         self.image_token_id, self.video_token_id = image_token_id, video_token_id
         self.vision_start_token_id, self.vision_end_token_id = vision_start_token_id, vision_end_token_id
         kwargs.pop("tie_word_embeddings", None)  # the LLM's word
@@ -147,6 +161,11 @@ class QwenMergeGraftConfig(PretrainedConfig):
         )
 
     @property
+    def deepstack(self) -> int:
+        """How many layers of the tower give features of their own for the LLM's first layers (Qwen3-VL's DeepStack)."""
+        return len(getattr(self.vision_config, "deepstack_visual_indexes", ()))
+
+    @property
     def frames(self) -> int:
         """Frames in a patch."""
         return self.vision_config.temporal_patch_size if self.is_native else 1
@@ -168,6 +187,11 @@ class QwenMergeGraftConfig(PretrainedConfig):
             return time * self.projector_config.get("queries", QUERIES)
         return time * (rows // self.merge_size) * (columns // self.merge_size)
 
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        with_torch_dtype(output, output["vision_config"], output["text_config"])
+        return output
+
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
         """Write `config.json`, and beside it the code that its `auto_map` names, and what that code imports."""
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
@@ -182,18 +206,23 @@ def head_dim_of(text: PretrainedConfig) -> int:
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
-def sections_of(text: PretrainedConfig, sections: list[int] | None) -> list[int]:
-    """`sections`, or Qwen2.5-VL's proportions (16, 24, 24 of a head_dim of 128).
+def sections_of(text: PretrainedConfig, sections: list[int] | None, interleaved: bool = False) -> list[int]:
+    """`sections`, or Qwen2.5-VL's proportions (16, 24, 24 of a head_dim of 128), interleaved Qwen3-VL's (24, 20, 20).
 
     Raises:
-        ValueError: they do not add up to half of head_dim.
+        ValueError: they do not add up to half of head_dim, or have no room to take turns.
     """
     half = head_dim_of(text) // 2
+    if sections is None and interleaved:
+        side = half * 5 // 16
+        return [half - 2 * side, side, side]
     if sections is None:
         side = (half - half // 4) // 2
         return [half - 2 * side, side, side]
     if len(sections) != 3 or sum(sections) != half or min(sections) < 0:
         raise ValueError(f"mrope_section is {sections}; time, height and width must add up to head_dim / 2 = {half}")
+    if interleaved and max(3 * sections[1] - 2, 3 * sections[2] - 1) >= half:
+        raise ValueError(f"mrope_section is {sections}; interleaved, height and width have at most a third each")
     return list(sections)
 
 

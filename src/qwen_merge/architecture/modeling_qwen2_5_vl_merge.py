@@ -108,12 +108,14 @@ ALL_ATTENTION_FUNCTIONS.register("packed_sdpa", packed_sdpa_attention)
 class Qwen2_5_VL_MergeRotaryEmbedding(Qwen3RotaryEmbedding):
     """Qwen3's rotary embedding for positions that have a time, a height and a width.
 
-    mrope_section: their shares of half of `head_dim`; None: the configuration's.
+    mrope_section: their shares of half of `head_dim`; None: the configuration's. interleaved: the frequencies go to
+    time, height, width, time, ... as long as each has some left (Qwen3-VL), instead of section after section.
     """
 
-    def __init__(self, config, device=None, mrope_section: list[int] | None = None):
+    def __init__(self, config, device=None, mrope_section: list[int] | None = None, interleaved: bool = False):
         super().__init__(config, device)
         self.mrope_section = mrope_section or config.rope_scaling["mrope_section"]
+        self.interleaved = interleaved
 
     @torch.no_grad()
     @dynamic_rope_update
@@ -125,8 +127,15 @@ class Qwen2_5_VL_MergeRotaryEmbedding(Qwen3RotaryEmbedding):
         if positions_3bt.ndim == 2:
             positions_3bt = positions_3bt[None].expand(3, -1, -1)
         inv_freq = self.inv_freq.to(device=x.device, dtype=torch.float32)
-        sections = zip(positions_3bt, inv_freq.split(self.mrope_section), strict=True)
-        freqs_btf = torch.cat([positions[..., None].float() * frequencies for positions, frequencies in sections], -1)
+        if self.interleaved:
+            time_bt, *sides = positions_3bt
+            freqs_btf = time_bt[..., None].float() * inv_freq
+            for first, (positions, length) in enumerate(zip(sides, self.mrope_section[1:], strict=True), start=1):
+                turns = slice(first, 3 * length, 3)
+                freqs_btf[..., turns] = positions[..., None].float() * inv_freq[turns]
+        else:
+            sections = zip(positions_3bt, inv_freq.split(self.mrope_section), strict=True)
+            freqs_btf = torch.cat([positions[..., None].float() * part for positions, part in sections], dim=-1)
         angles_btd = torch.cat((freqs_btf, freqs_btf), dim=-1)
         cos, sin = angles_btd.cos() * self.attention_scaling, angles_btd.sin() * self.attention_scaling
         return cos.to(x.dtype), sin.to(x.dtype)
@@ -141,10 +150,10 @@ class MRopeDecoder:
     config: Any
     layers: Any
 
-    def prepare(self, mrope_section: list[int] | None) -> None:
+    def prepare(self, mrope_section: list[int] | None, interleaved: bool = False) -> None:
         """To be called when the decoder has been built; without sections its own rotary embedding stays."""
         if mrope_section is not None:
-            self.rotary_emb = Qwen2_5_VL_MergeRotaryEmbedding(self.config, mrope_section=mrope_section)
+            self.rotary_emb = Qwen2_5_VL_MergeRotaryEmbedding(self.config, None, mrope_section, interleaved)
         if self.config._attn_implementation == "sdpa":  # masks are still made, or left out, as for sdpa
             layer_config = copy.copy(self.config)
             layer_config._attn_implementation_internal = "packed_sdpa"
@@ -268,7 +277,10 @@ class Qwen2_5_VL_MergeModel(Qwen2_5_VL_MergePreTrainedModel, Qwen2_5_VLModel):
             if tokens != wanted:
                 raise ValueError(f"Image features and image tokens do not match: tokens: {tokens}, features {wanted}")
             places = torch.cat(found)
-        features = features.to(embeddings.device, embeddings.dtype)
+        return self.placed(embeddings, places, features.to(embeddings.device, embeddings.dtype))
+
+    def placed(self, embeddings: torch.Tensor, places: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """`embeddings` (batch, tokens, width) with `features` (places, width) at `places` of its flattened tokens."""
         return embeddings.flatten(0, 1).index_copy(0, places, features).view_as(embeddings)
 
     def _fix_state_dict_keys_on_save(self, state_dict: dict) -> dict:

@@ -21,6 +21,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeModel, load
 # is named here.
 from .configuration_qwen2_5_vl_merge import Qwen2_5_VL_MergeConfig  # noqa: F401
 from .configuration_qwen_merge_graft import QwenMergeGraftConfig
+from .kinds_qwen_merge_graft import CODE  # noqa: F401
 from .modeling_qwen2_5_vl_merge import (
     PACKED,
     MRopeDecoder,
@@ -64,9 +65,35 @@ class GraftQwen2Model(MRopeDecoder, Qwen2Model):
 DECODERS: dict[str, Any] = {"qwen3": GraftQwen3Model, "qwen3_moe": GraftQwen3MoeModel, "qwen2": GraftQwen2Model}
 
 
+# DeepStack on its way from the tower to the LLM's first layers: where the pictures' tokens stand in the flattened
+# batch, and for each of these layers what is added to what it gives there, (places, LLM width).
+_DEEPSTACK: ContextVar[tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None] = ContextVar("deepstack", default=None)
+
+
+class DeepStackLayer:
+    """In front of one of transformers' decoder layers: adds what the tower saw on the way (Qwen3-VL's DeepStack).
+
+    Around `__call__`: behind it transformers 4.57 repeats a checkpointed layer in the backward, where nothing is known
+    of the pictures any more.
+    """
+
+    number: int
+
+    def __call__(self, *args, **kwargs) -> torch.Tensor:
+        states = super().__call__(*args, **kwargs)  # type: ignore[misc]
+        stack = _DEEPSTACK.get()
+        if stack is None:
+            return states
+        places, features = stack[0].to(states.device), stack[1][self.number].to(states.device, states.dtype)
+        return states.flatten(0, 1).index_add(0, places, features).view_as(states)
+
+
 def decoder_of(config: QwenMergeGraftConfig) -> torch.nn.Module:
     decoder = DECODERS[config.text_config.model_type]._from_config(config.text_config)
-    decoder.prepare(config.mrope_section if config.positions == "mrope" else None)
+    decoder.prepare(config.mrope_section if config.positions == "mrope" else None, config.mrope_interleaved)
+    for number, layer in enumerate(decoder.layers[: config.deepstack]):
+        kind = type(layer)  # its name stays: who splits or wraps a model looks for it
+        layer.__class__ = type(kind.__name__, (DeepStackLayer, kind), {"number": number})
     return decoder
 
 
@@ -74,8 +101,8 @@ class QwenMergeGraftPreTrainedModel(Qwen2_5_VL_MergePreTrainedModel):
     config_class = QwenMergeGraftConfig  # type: ignore[assignment]
     _no_split_modules = [
         "Qwen3DecoderLayer", "Qwen3MoeDecoderLayer", "Qwen2DecoderLayer", "Qwen2_5_VL_MergeVisionBlock",
-        "Qwen2_5_VLVisionBlock", "Qwen2VLVisionBlock", "CLIPEncoderLayer", "SiglipEncoderLayer", "Dinov2Layer",
-        "Dinov2WithRegistersLayer",
+        "Qwen2_5_VLVisionBlock", "Qwen2VLVisionBlock", "Qwen3VLVisionBlock", "CLIPEncoderLayer",
+        "SiglipEncoderLayer", "Dinov2Layer", "Dinov2WithRegistersLayer",
     ]  # fmt: skip
 
     @classmethod
@@ -88,8 +115,10 @@ class QwenMergeGraftPreTrainedModel(Qwen2_5_VL_MergePreTrainedModel):
 class QwenMergeGraftModel(QwenMergeGraftPreTrainedModel, Qwen2_5_VL_MergeModel):
     """Tower, projector and decoder without a head."""
 
+    # For these, too: a save of transformers 4.57 takes what stands right for a pattern, and left for a name.
     _checkpoint_conversion_mapping = {
-        r"^model\.(visual|projector)": r"\1",
+        "^model.visual": "visual",
+        "^model.projector": "projector",
         r"^model(\.language_model|)": "language_model",
     }
 
@@ -104,18 +133,34 @@ class QwenMergeGraftModel(QwenMergeGraftPreTrainedModel, Qwen2_5_VL_MergeModel):
             self.visual.requires_grad_(False)
 
     def picture_features(self, patches: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
+        """(tokens, LLM width); with DeepStack (tokens, (1 + levels) * LLM width), level beside level."""
         of_each = [tuple(grid) for grid in grids.tolist()]
         trained = any(parameter.requires_grad for parameter in self.visual.parameters())
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
             features = features_of(self.visual, patches, of_each, self.config)
         return self.projector(features, of_each)
 
+    def forward(self, *args, **kwargs):
+        """As in `qwen2_5_vl_merge`, with DeepStack."""
+        token = _DEEPSTACK.set(None)
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            _DEEPSTACK.reset(token)
+
+    def placed(self, embeddings: torch.Tensor, places: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        first, *stack = features.chunk(1 + self.config.deepstack, dim=-1)
+        if stack:
+            _DEEPSTACK.set((places, tuple(stack)))
+        return super().placed(embeddings, places, first)
+
     def count_features(self, patches: torch.Tensor, grids: torch.Tensor) -> int:
         return sum(self.config.tokens(grid) for grid in grids.tolist())
 
     def get_image_features(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> torch.Tensor:
         """Patches and grids of all pictures -> their tokens, (tokens, LLM width)."""
-        return self.picture_features(pixel_values.type(self.visual.dtype), image_grid_thw)
+        features = self.picture_features(pixel_values.type(self.visual.dtype), image_grid_thw)
+        return features[:, : self.config.hidden_size]
 
     def get_video_features(self, pixel_values_videos: torch.Tensor, video_grid_thw: torch.Tensor) -> torch.Tensor:
         """Of towers that take any size; the others are made for pictures."""
@@ -145,7 +190,8 @@ class QwenMergeGraftForConditionalGeneration(QwenMergeGraftPreTrainedModel, Qwen
     """The model that is trained and asked."""
 
     _checkpoint_conversion_mapping = {
-        r"^(visual|projector)": r"model.\1",
+        "^visual": "model.visual",
+        "^projector": "model.projector",
         r"^model(?!\.(language_model|visual|projector))": "model.language_model",
     }
 

@@ -58,7 +58,10 @@ class QwenMergeGraftImageProcessor(Qwen2VLImageProcessor):
 
     def _target(self, height: int, width: int, size: dict[str, int]) -> tuple[int, int]:
         bounds = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
-        return smart_resize(height, width, factor=self.patch_size * self.factor, **bounds)
+        factor = self.patch_size * self.factor
+        if min(height, width) < factor:  # transformers 4.57 would take it
+            raise ValueError(f"height:{height} and width:{width} must be larger than factor:{factor}")
+        return smart_resize(height, width, factor=factor, **bounds)
 
     def _preprocess(self, images, **kwargs):
         """One picture, or the frames of a video, to patches row by row and their grid."""
@@ -165,8 +168,8 @@ class QwenMergeGraftProcessor(ProcessorMixin):
     def decode(self, *args, **kwargs):
         return self.tokenizer.decode(*args, **kwargs)
 
-    def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "auto_map": {"AutoProcessor": AUTO_MAP["AutoProcessor"]}}
+    def to_dict(self, **kwargs) -> dict[str, Any]:
+        return {**super().to_dict(**kwargs), "auto_map": {"AutoProcessor": AUTO_MAP["AutoProcessor"]}}
 
     @property
     def model_input_names(self):

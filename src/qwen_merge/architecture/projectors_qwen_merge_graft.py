@@ -5,13 +5,17 @@ of the pictures, [(frames, rows, columns) in patches]; each gives (tokens, LLM w
 tokens a grid has is `QwenMergeGraftConfig.tokens`.
 """
 
+from collections.abc import Callable
+from types import SimpleNamespace
+
 import torch
 from torch import nn
 from torch.nn import functional
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLPatchMerger
 from transformers.models.qwen2_vl.modeling_qwen2_vl import PatchMerger as Qwen2VLPatchMerger
 
-from .configuration_qwen_merge_graft import QUERIES, QwenMergeGraftConfig
+from .configuration_qwen_merge_graft import QwenMergeGraftConfig
+from .kinds_qwen_merge_graft import QUERIES
 
 Grids = list[tuple[int, int, int]]
 
@@ -82,21 +86,49 @@ class PatchMergerProjector(Qwen2_5_VLPatchMerger):
         return super().forward(in_units(features, grids, self.merge_size))
 
 
-class ExtendedProjector(nn.Module):
-    """The tower's own patch merger, as its VLM was trained, then GELU and one new Linear (Qwen-Merge).
+def qwen3_vl_merger(config: QwenMergeGraftConfig, width: int, deepstack: bool = False) -> nn.Module:
+    """Qwen3-VL's patch merger, (patches, tower width) square by square -> (squares, `width`): LayerNorm, then Linear,
+    GELU, Linear. Those of DeepStack norm whole squares, not patches.
+    """
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionPatchMerger
+
+    shapes = SimpleNamespace(
+        hidden_size=config.vision_width, spatial_merge_size=config.merge_size, out_hidden_size=width
+    )
+    return Qwen3VLVisionPatchMerger(shapes, use_postshuffle_norm=deepstack)
+
+
+class OwnProjector(nn.Module):
+    """The tower's own patch merger, as its VLM was trained, before an LLM of the width it was made for.
+
+    (patches, tower width) -> (patches / merge_size², `out_hidden_size` or another `width`).
+    """
+
+    def __init__(self, config: QwenMergeGraftConfig, width: int | None = None):
+        super().__init__()
+        self.merge_size, width = config.merge_size, width or config.projector_config["out_hidden_size"]
+        if config.vision_config.model_type == "qwen3_vl":
+            self.merger = qwen3_vl_merger(config, width)
+        else:
+            merger = Qwen2VLPatchMerger if config.vision_config.model_type == "qwen2_vl" else Qwen2_5_VLPatchMerger
+            self.merger = merger(width, config.vision_width, self.merge_size)
+
+    def forward(self, features: torch.Tensor, grids: Grids) -> torch.Tensor:
+        return self.merger(in_units(features, grids, self.merge_size))
+
+
+class ExtendedProjector(OwnProjector):
+    """The tower's own patch merger, then GELU and one new Linear (Qwen-Merge).
 
     (patches, tower width) -> (patches / merge_size², `out_hidden_size`) -> (…, LLM width).
     """
 
     def __init__(self, config: QwenMergeGraftConfig):
-        super().__init__()
-        self.merge_size, width = config.merge_size, config.projector_config["out_hidden_size"]
-        merger = Qwen2VLPatchMerger if config.vision_config.model_type == "qwen2_vl" else Qwen2_5_VLPatchMerger
-        self.merger = merger(width, config.vision_width, self.merge_size)
-        self.proj = nn.Linear(width, config.hidden_size)
+        super().__init__(config)
+        self.proj = nn.Linear(config.projector_config["out_hidden_size"], config.hidden_size)
 
     def forward(self, features: torch.Tensor, grids: Grids) -> torch.Tensor:
-        return self.proj(functional.gelu(self.merger(in_units(features, grids, self.merge_size))))
+        return self.proj(functional.gelu(super().forward(features, grids)))
 
 
 class ResamplerProjector(nn.Module):
@@ -141,9 +173,37 @@ def plane_positions(rows: int, columns: int, like: torch.Tensor) -> torch.Tensor
     return functional.pad(torch.cat(parts, dim=-1), (0, width % 4)).to(like.dtype)
 
 
-KINDS = {
+def patch_merger(config: QwenMergeGraftConfig) -> nn.Module:
+    """A patch merger made for this LLM's width: behind Qwen3-VL's tower one of its kind, else Qwen2.5-VL's."""
+    if config.vision_config.model_type == "qwen3_vl":
+        return OwnProjector(config, config.hidden_size)
+    return PatchMergerProjector(config)
+
+
+class DeepStackProjector(nn.Module):
+    """A projector for the tower's result, and one of Qwen3-VL's mergers for each level of DeepStack.
+
+    (patches, (1 + levels) * tower width) -> (tokens, (1 + levels) * LLM width).
+    """
+
+    def __init__(self, config: QwenMergeGraftConfig, first: nn.Module):
+        super().__init__()
+        self.merge_size, self.first = config.merge_size, first
+        self.deepstack = nn.ModuleList(
+            qwen3_vl_merger(config, config.hidden_size, deepstack=True) for _ in range(config.deepstack)
+        )
+
+    def forward(self, features: torch.Tensor, grids: Grids) -> torch.Tensor:
+        first, *levels = features.chunk(1 + len(self.deepstack), dim=-1)
+        mergers = zip(self.deepstack, levels, strict=True)
+        tokens = [merger(in_units(level, grids, self.merge_size)) for merger, level in mergers]
+        return torch.cat([self.first(first, grids), *tokens], dim=-1)
+
+
+KINDS: dict[str, Callable[[QwenMergeGraftConfig], nn.Module]] = {
+    "own": OwnProjector,
     "extended": ExtendedProjector,
-    "patch_merger": PatchMergerProjector,
+    "patch_merger": patch_merger,
     "linear": LinearProjector,
     "mlp": MLPProjector,
     "resampler": ResamplerProjector,
@@ -151,7 +211,9 @@ KINDS = {
 
 
 def projector_of(config: QwenMergeGraftConfig) -> nn.Module:
-    return KINDS[config.projector_config["kind"]](config)
+    """As the configuration says; the trailing levels of DeepStack are told in `DeepStackProjector`."""
+    projector = KINDS[config.projector_config["kind"]](config)
+    return DeepStackProjector(config, projector) if config.deepstack else projector
 
 
 __all__ = ["projector_of"]

@@ -44,6 +44,17 @@ class GraftQwen2VisionTransformer(Qwen2VisionTransformerPretrainedModel):
         self.merger = AsUnits(config.spatial_merge_size**2)
 
 
+def _qwen3_vl(vision) -> nn.Module:
+    """Qwen3-VL's tower without its patch mergers, of which it has one more for each level of DeepStack."""
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
+
+    tower = Qwen3VLVisionModel._from_config(vision)
+    unit = vision.spatial_merge_size**2
+    tower.merger = AsUnits(unit)
+    tower.deepstack_merger_list = nn.ModuleList(AsUnits(unit) for _ in vision.deepstack_visual_indexes)
+    return tower
+
+
 class PictureTower:
     """In front of a tower that takes whole pictures: pictures of all sizes in one call.
 
@@ -62,6 +73,8 @@ class PictureTower:
 def tower_of(config: QwenMergeGraftConfig) -> nn.Module:
     vision = config.vision_config
     native: dict[str, Any] = {"qwen2_vl": GraftQwen2VisionTransformer, "qwen2_5_vl": GraftQwen2_5_VisionTransformer}
+    if vision.model_type == "qwen3_vl":
+        return _qwen3_vl(vision)
     if vision.model_type in native:
         return native[vision.model_type]._from_config(vision)
     if vision.model_type == "siglip_vision_model":
@@ -73,6 +86,8 @@ def tower_of(config: QwenMergeGraftConfig) -> nn.Module:
 def features_of(tower: nn.Module, patches: torch.Tensor, grids: Grids, config: QwenMergeGraftConfig) -> torch.Tensor:
     """(patches, channels * frames * side * side) -> (patches, tower width), both row by row.
 
+    With DeepStack (patches, (1 + levels) * tower width): beside the tower's result what it had on the way.
+
     Raises:
         ValueError: a grid that this tower or projector cannot take.
     """
@@ -81,9 +96,10 @@ def features_of(tower: nn.Module, patches: torch.Tensor, grids: Grids, config: Q
             raise ValueError(f"a picture has {grid[1]} x {grid[2]} patches; expected multiples of {config.factor}")
     if config.is_native:
         side = config.vision_config.spatial_merge_size
-        device = patches.device
-        units = tower(in_units(patches, grids, side), torch.tensor(grids, device=device))
-        return in_rows(units.unflatten(1, (side**2, -1)).flatten(0, 1), grids, side)
+        units = tower(in_units(patches, grids, side), torch.tensor(grids, device=patches.device))
+        levels = (units[0], *units[1]) if isinstance(units, tuple) else (units,)
+        rows = [in_rows(level.unflatten(1, (side**2, -1)).flatten(0, 1), grids, side) for level in levels]
+        return torch.cat(rows, dim=-1) if len(rows) > 1 else rows[0]
     return tower(patches, grids, config)
 
 

@@ -6,11 +6,12 @@ from pathlib import Path
 EPILOG = """\
 A file says which vision tower, projector and LLM are joined:
 
-  vision:    {source: google/siglip2-so400m-patch16-384}   # also CLIP, DINOv2, Qwen2-VL, Qwen2.5-VL
-  projector: {kind: mlp, merge_size: 2}                   # extended, patch_merger, linear, mlp, resampler
-  llm:       {source: Qwen/Qwen3-4B}                      # Qwen3, Qwen3-MoE, Qwen2.5
+  vision:    {source: google/siglip2-so400m-patch16-384}   # also CLIP, DINOv2, Qwen2-VL, Qwen2.5-VL, Qwen3-VL
+  projector: {kind: mlp, merge_size: 2}                   # own, extended, patch_merger, linear, mlp, resampler
+  llm:       {source: Qwen/Qwen3-4B}                      # Qwen3, Qwen3-MoE, Qwen2.5; the one in a Qwen3-VL
   positions: mrope                                        # mrope-2d, 1d
   output:    my-vlm-base
+  architecture: qwen2_5_vl           # stock Qwen2.5-VL, for tools that load no other; costs a Qwen3 its q/k norms
 """
 
 
@@ -30,6 +31,17 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
         metavar="WIDTHxHEIGHT",
         help="whose tokens --plan counts (default: 640x480)",
     )
+    parser.add_argument(
+        "--measure",
+        nargs="?",
+        const="",
+        metavar="TEXT",
+        help="then compare the graft's loss on a text (a file; default: a built-in one) with the LLM's. The built-in "
+        "text is taken unasked where the architecture leaves something of the LLM out",
+    )
+    parser.add_argument(
+        "--no-measure", action="store_true", help="do not, even there: both models must be loaded for it"
+    )
     parser.set_defaults(run=run_graft)
 
 
@@ -44,10 +56,14 @@ def picture_size(text: str) -> tuple[int, int]:
 
 
 def run_graft(arguments: argparse.Namespace) -> int:
+    from qwen_merge.graft.llms import LEFT_OUT
     from qwen_merge.graft.make import make
+    from qwen_merge.graft.measure import measure, read_text
     from qwen_merge.graft.recipe import read
+    from qwen_merge.merger.sources import open_source
 
     recipe = read(arguments.file)
+    text = read_text(Path(arguments.measure) if arguments.measure else None)
     if arguments.plan:
         from qwen_merge.graft.show import show
 
@@ -64,4 +80,7 @@ def run_graft(arguments: argparse.Namespace) -> int:
     )
     for note in plan.notes:
         print(f"  note: {note}")
+    if (arguments.measure is not None or plan.dropped["llm"].get(LEFT_OUT)) and not arguments.no_measure:
+        llm = open_source(recipe.llm.source, "llm", recipe.llm.revision)
+        print(f"  measured: {measure(report.output, llm, text)}")
     return 0

@@ -7,8 +7,10 @@ from typing import Any
 
 from qwen_merge.architecture import GRAFT_CODE_FILES
 from qwen_merge.errors import UserError
+from qwen_merge.graft import llms, stock
 from qwen_merge.graft import plan as planning
-from qwen_merge.graft.recipe import Recipe, Tokens, pixels
+from qwen_merge.graft.recipe import STOCK, Recipe, Tokens, pixels
+from qwen_merge.graft.tokens import add_missing
 from qwen_merge.merger import companions as companion_files
 from qwen_merge.merger.configuration import RopeOptions
 from qwen_merge.merger.merge import MergeOptions, MergeReport, Prepared, merge, refuse_inside, write
@@ -22,9 +24,8 @@ PROCESSOR = "processor_config.json"
 
 @dataclass(frozen=True)
 class Drafted:
-    """A graft that can be made. config: its configuration object; None for Qwen-Merge's own form (step 1's merger)."""
+    """A graft that can be made. plan: None for Qwen-Merge's own form (step 1's merger)."""
 
-    config: object | None
     sources: planning.Sources
     plan: MergePlan | None
     companions: companion_files.Companions | None
@@ -39,14 +40,17 @@ def draft(recipe: Recipe) -> Drafted:
     vision = open_source(recipe.vision.source, "vision", recipe.vision.revision)
     llm = open_source(recipe.llm.source, "llm", recipe.llm.revision)
     sources = planning.identify(recipe, vision, llm)
+    if recipe.architecture == STOCK:
+        return Drafted(sources, *stock.draft(recipe, sources))
     if planning.is_step_one(recipe, sources):
-        return Drafted(None, sources, None, None)
+        return Drafted(sources, None, None)
     companions = companion_files.of_the_llm(llm, {})
-    config = planning.graft_config(recipe, sources, companions.token_ids)
-    plan = planning.graft_plan(sources, config)
+    rows, new_rows = add_missing(companions, recipe.tokens, llms.text_fields(sources.llm_config).get("vocab_size"))
+    config = planning.graft_config(recipe, sources, companions.token_ids, rows)
+    plan = planning.graft_plan(sources, config, new_rows)
     plan.notes.extend(companions.notes)
     _add_files(companions, recipe, sources, config)
-    return Drafted(config, sources, plan, companions)
+    return Drafted(sources, plan, companions)
 
 
 def make(recipe: Recipe) -> MergeReport:

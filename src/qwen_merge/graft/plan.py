@@ -6,20 +6,21 @@ Which tensors a graft has is asked of its own class on PyTorch's meta device; wh
 
 import zlib
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
+from qwen_merge.architecture.kinds_qwen_merge_graft import OF_THE_SOURCE
 from qwen_merge.errors import UserError
+from qwen_merge.graft import llms
+from qwen_merge.graft.llms import NOT_CARRIED, Found, of_the_llm, text_fields
 from qwen_merge.graft.recipe import Recipe, Tokens, Vision, pixels
-from qwen_merge.graft.towers import TOWERS, Tower, tower_for
-from qwen_merge.merger.plan import LISTED, READABLE, SHOWN, MergePlan, PlannedTensor, settle_dtype
-from qwen_merge.merger.safetensors_file import StoredTensor
+from qwen_merge.graft.towers import TOWERS, Tower, deepstack_note, mergers_of, of_the_tower, tower_for
+from qwen_merge.merger.plan import LISTED, READABLE, SHOWN, MergePlan, NewRows, PlannedTensor, settle_dtype
 from qwen_merge.merger.sources import Source
 
-LLMS = ("qwen3", "qwen3_moe", "qwen2")
-# What a source's configuration says of the checkpoint and not of the model.
-_NOT_CARRIED = {"_name_or_path", "architectures", "auto_map", "torch_dtype", "dtype", "transformers_version"}
-Found = dict[str, tuple[str, str, StoredTensor | None]]  # name on the disk -> (origin, source name, where it lies)
+NEW_PROJECTOR = ("projector.",)
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ def identify(recipe: Recipe, vision: Source, llm: Source) -> Sources:
     if tower is None:
         known = sorted({name for row in TOWERS for name in row.sources})
         problems.append(f"vision: model_type {vision_config.get('model_type')!r}; expected one of {', '.join(known)}")
-    if llm_config.get("model_type") not in LLMS:
-        problems.append(f"llm: model_type {llm_config.get('model_type')!r}; expected one of {', '.join(LLMS)}")
+    if llm_config.get("model_type") not in llms.SOURCES:
+        problems.append(f"llm: model_type {llm_config.get('model_type')!r}; expected one of {', '.join(llms.SOURCES)}")
     for role, config in (("vision", vision_config), ("llm", llm_config)):
         if config.get("quantization_config"):
             problems.append(f"{role}: the checkpoint is quantised; a graft copies plain weights")
@@ -58,12 +59,22 @@ def identify(recipe: Recipe, vision: Source, llm: Source) -> Sources:
 
 
 def _pair_problems(recipe: Recipe, tower: Tower) -> list[str]:
-    problems, vision = [], recipe.vision
-    if recipe.projector["kind"] == "extended" and not tower.is_native:
+    from qwen_merge.architecture.configuration_qwen_merge_graft import check_version
+
+    problems, vision, kind = [], recipe.vision, recipe.projector["kind"]
+    try:
+        check_version(tower.kind)
+    except ValueError as error:
+        problems.append(f"vision: {error}")
+    if kind in OF_THE_SOURCE and not tower.is_native:
         problems.append(
-            f"projector.kind extended continues the patch merger of a Qwen VLM, and {tower.kind} has none: take mlp "
+            f"projector.kind {kind} continues the patch merger of a Qwen VLM, and {tower.kind} has none: take mlp "
             "with merge_size 2, or patch_merger"
         )
+    if vision.deepstack and not tower.deepstack:
+        problems.append(f"vision.deepstack: {tower.kind} has none; it is Qwen3-VL's")
+    if vision.deepstack and kind == "resampler":
+        problems.append("vision.deepstack: a resampler's tokens lie at no place of the picture; take another projector")
     if tower.is_native and vision.resolution in ("fixed", "interpolated"):
         problems.append(f"vision.resolution {vision.resolution}: {tower.kind} takes any size; leave it out, or native")
     if not tower.is_native and vision.resolution == "native":
@@ -105,23 +116,12 @@ def vision_fields(sources: Sources) -> dict[str, Any]:
     values = config.get("vision_config", config if config["model_type"] == sources.tower.kind else None)
     if not isinstance(values, dict):
         raise UserError(f"the tower's config.json has vision_config {values!r}; expected a JSON object.")
-    fields = {name: value for name, value in values.items() if name not in _NOT_CARRIED}
+    fields = {name: value for name, value in values.items() if name not in NOT_CARRIED}
     return {**fields, "model_type": sources.tower.kind}
 
 
-def text_fields(llm_config: dict) -> dict[str, Any]:
-    """The LLM's own fields; transformers 5 keeps all of its RoPE in `rope_parameters`."""
-    text = {name: value for name, value in llm_config.items() if name not in (*_NOT_CARRIED, "rope_parameters")}
-    parameters = dict(llm_config.get("rope_parameters") or {})
-    if "rope_theta" in parameters:
-        text["rope_theta"] = parameters.pop("rope_theta")
-    if parameters.get("rope_type", "default") != "default":
-        text["rope_scaling"] = parameters
-    return text
-
-
-def graft_config(recipe: Recipe, sources: Sources, token_ids: dict[str, int]):
-    """The result's configuration object.
+def graft_config(recipe: Recipe, sources: Sources, token_ids: dict[str, int], rows: Any):
+    """The result's configuration object. rows: of its embeddings.
 
     Raises:
         UserError: fields that do not fit each other.
@@ -136,21 +136,27 @@ def graft_config(recipe: Recipe, sources: Sources, token_ids: dict[str, int]):
     if "in_chans" in vision:  # Qwen's published spelling; transformers reads in_channels
         vision.setdefault("in_channels", vision["in_chans"])
     projector = dict(recipe.projector)
-    if projector["kind"] == "extended":
+    wanted = recipe.vision.deepstack
+    if sources.tower.deepstack and not (projector["kind"] == "own" if wanted is None else wanted):
+        vision["deepstack_visual_indexes"] = []
+    if projector["kind"] in OF_THE_SOURCE:
         tower = vision_config_of(vision)
         width = tower.hidden_size if sources.tower.kind == "qwen2_vl" else tower.out_hidden_size
         projector.update(merge_size=tower.spatial_merge_size, out_hidden_size=width)
     elif projector["kind"] in ("patch_merger", "mlp"):
         projector.setdefault("merge_size", 2)
     text = text_fields(sources.llm_config)
-    ids, problems = _token_ids(recipe, token_ids, text.get("vocab_size"))
+    section, interleaved = llms.sections(sources.llm_config) if recipe.positions == "mrope" else (None, False)
+    text["vocab_size"] = rows
+    ids, problems = _token_ids(recipe, token_ids, rows)
     try:
         config = QwenMergeGraftConfig(
             vision_config=vision,
             projector_config=projector,
             text_config=text,
             positions="1d" if recipe.positions == "1d" else "mrope",
-            mrope_section=list(recipe.mrope_section) if recipe.mrope_section else None,
+            mrope_section=list(recipe.mrope_section) if recipe.mrope_section else section,
+            mrope_interleaved=interleaved,
             vision_feature_layer=recipe.vision.layer,
             freeze_vision=recipe.vision.frozen,
             **ids,
@@ -174,11 +180,9 @@ def _token_ids(recipe: Recipe, token_ids: dict[str, int], rows: Any) -> tuple[di
         problems.append(f"the LLM's config.json has vocab_size {rows!r}; expected a whole number")
     for name in ("image", "video", "vision_start", "vision_end"):
         token = getattr(recipe.tokens, name)
-        ids[f"{name}_token_id"] = token_ids.get(token, -1)
-        if token not in token_ids:
-            problems.append(f"tokens.{name}: the LLM's tokenizer has no {token}")
-        elif type(rows) is int and token_ids[token] >= rows:
-            problems.append(f"tokens.{name}: {token} is {token_ids[token]}, and the LLM's embeddings have {rows} rows")
+        ids[f"{name}_token_id"] = number = token_ids.get(token, -1)
+        if type(rows) is int and number >= rows:
+            problems.append(f"tokens.{name}: {token} is {number}, and the LLM's embeddings have {rows} rows")
     return ids, problems
 
 
@@ -187,12 +191,21 @@ def _size_problems(recipe: Recipe, sources: Sources, config) -> list[str]:
     most, smallest = pixels(recipe.vision)[1], (config.vision_config.patch_size * config.factor) ** 2
     if most < smallest:
         problems.append(f"vision.max_pixels is {most}; the smallest picture has {smallest}")
+    projector, width = config.projector_config, config.hidden_size
+    if projector["kind"] == "own" and projector["out_hidden_size"] != width:
+        problems.append(
+            f"projector.kind own: the tower's patch merger gives {projector['out_hidden_size']} values a token, and "
+            f"the LLM's are {width} wide: take extended, or patch_merger"
+        )
+    if config.deepstack > config.num_hidden_layers:
+        problems.append(
+            f"vision.deepstack: {config.deepstack} levels, and the LLM has {config.num_hidden_layers} layers"
+        )
     layers = getattr(config.vision_config, "num_hidden_layers", 0)
     if not sources.tower.is_native and not -layers - 1 <= recipe.vision.layer <= layers:
         problems.append(f"vision.layer is {recipe.vision.layer}; the tower has {layers} layers, -1 is its result")
-    width = config.hidden_size
-    heads = config.projector_config.get("heads") or max(1, width // 128)
-    if config.projector_config["kind"] == "resampler" and width % heads:
+    heads = projector.get("heads") or max(1, width // 128)
+    if projector["kind"] == "resampler" and width % heads:
         problems.append(f"projector.heads is {heads}, which does not divide the LLM's hidden_size {width}")
     return problems
 
@@ -207,22 +220,47 @@ def meta_model(config):
         return QwenMergeGraftForConditionalGeneration(config)
 
 
-def graft_plan(sources: Sources, config) -> MergePlan:
-    """Every tensor of the result with its source.
+def graft_plan(sources: Sources, config, new_rows: Mapping[str, NewRows]) -> MergePlan:
+    """Every tensor of the result with its source. new_rows: of which tensors some rows are drawn.
+
+    Raises:
+        UserError: tensors that are missing, unknown, or of another shape.
+    """
+    dropped: dict[str, Counter[str]] = {"vlm": Counter(), "llm": Counter()}
+    mergers = mergers_of(sources.tower, config)
+    found = of_the_tower(sources.vision, sources.tower, mergers, dropped["vlm"])
+    tied = config.tie_word_embeddings
+    found.update(of_the_llm(sources.llm, sources.llm_config["model_type"], tied, dropped["llm"]))
+    check_depth(config.text_config, config.vision_config, len(found))
+    tensors = joined(found, lambda: meta_model(config), tied, NEW_PROJECTOR, tuple(mergers.values()), new_rows)
+    plan = MergePlan(config.to_dict(), tensors, {role: dict(count) for role, count in dropped.items()})
+    if sources.tower.deepstack:
+        plan.notes.append(deepstack_note(sources.tower, config, mergers))
+    settle_dtype(plan)
+    return plan
+
+
+def joined(
+    found: Found,
+    make: Callable[[], Any],
+    tied: bool,
+    new: tuple[str, ...],
+    copied: tuple[str, ...] = (),
+    new_rows: Mapping[str, NewRows] = MappingProxyType({}),
+) -> list[PlannedTensor]:
+    """Every tensor of a model with its source: the tower's, the LLM's, then those that are initialised.
+
+    found: what the sources have. make: gives the model on the meta device. tied: the head is the embedding. new: how
+    tensors begin or end that may be missing. copied: how those of them begin that may not. new_rows: of copied tensors
+    the rows that are drawn.
 
     Raises:
         UserError: tensors that are missing, unknown, or of another shape.
     """
     from qwen_merge.architecture.modeling_qwen2_5_vl_merge import disk_name
 
-    keeps_merger = config.projector_config["kind"] == "extended"
-    dropped: dict[str, Counter[str]] = {"vlm": Counter(), "llm": Counter()}
-    found = _of_the_tower(sources, keeps_merger, dropped["vlm"])
-    found.update(_of_the_llm(sources, config.tie_word_embeddings, dropped["llm"]))
-
-    _check_depth(sources, config, len(found))
     try:
-        model = meta_model(config)
+        model = make()
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"the sources' config.json describe no model: {error!r}. Take complete checkpoints.") from None
     ones = {
@@ -234,20 +272,21 @@ def graft_plan(sources: Sources, config) -> MergePlan:
     tensors: dict[str, list[PlannedTensor]] = {"vlm": [], "llm": [], "new": []}
     for memory_name, parameter in model.state_dict().items():
         name, shape = disk_name(memory_name), tuple(parameter.shape)
-        if name == "lm_head.weight" and config.tie_word_embeddings:
+        if name == "lm_head.weight" and tied:
             continue
         origin, source_name, stored = found.pop(name, ("", "", None))
         if stored is None:
-            if not name.startswith("projector."):
+            if name.startswith(copied) or not (name.startswith(new) or name.endswith(new)):
                 problems.append(f"missing tensor {name}, expected shape {list(shape)}")
             stream = None if memory_name in ones else zlib.crc32(name.encode())
             tensors["new"].append(PlannedTensor(name, "", shape, "new", stream=stream))
-        elif stored.shape != shape:
-            problems.append(f"tensor {source_name} has shape {list(stored.shape)}, expected {list(shape)}")
+        elif stored.shape != (expected := (new_rows[name].copied, *shape[1:]) if name in new_rows else shape):
+            problems.append(f"tensor {source_name} has shape {list(stored.shape)}, expected {list(expected)}")
         elif stored.dtype not in READABLE.values():
             problems.append(f"tensor {source_name} has dtype {stored.dtype}; take an unquantised checkpoint")
         else:
-            tensors[origin].append(PlannedTensor(name, stored.dtype, shape, origin, source_name, stored))
+            rows, stream = new_rows.get(name), zlib.crc32(name.encode())
+            tensors[origin].append(PlannedTensor(name, stored.dtype, shape, origin, source_name, stored, stream, rows))
     problems += [
         f"unknown tensor {source_name}: this graft has no place for it" for _, source_name, _ in found.values()
     ]
@@ -256,55 +295,19 @@ def graft_plan(sources: Sources, config) -> MergePlan:
         raise UserError.from_list("the tensors of these checkpoints do not fit:", problems[:SHOWN] + more)
     for role in ("vlm", "llm"):
         tensors[role].sort(key=lambda tensor: (tensor.stored.file, tensor.stored.start))  # type: ignore[union-attr]
-    dtype = tensors["vlm"][0].dtype
-    new = [PlannedTensor(t.name, dtype, t.shape, "new", stream=t.stream) for t in tensors["new"]]
-    plan = MergePlan(
-        config.to_dict(), tensors["vlm"] + tensors["llm"] + new, {role: dict(count) for role, count in dropped.items()}
-    )
-    settle_dtype(plan)
-    return plan
+    drawn = [
+        PlannedTensor(
+            t.name, tensors["llm" if t.name.startswith("model.") else "vlm"][0].dtype, t.shape, "new", stream=t.stream
+        )
+        for t in tensors["new"]
+    ]
+    return tensors["vlm"] + tensors["llm"] + drawn
 
 
-def _check_depth(sources: Sources, config, tensors: int) -> None:
+def check_depth(text, vision, tensors: int) -> None:
     """More layers or experts than tensors: asked before so many are built."""
-    text, vision = config.text_config, config.vision_config
     counts = {f"the LLM's {name}": getattr(text, name, 0) for name in ("num_hidden_layers", "num_experts")}
     counts["the tower's depth"] = getattr(vision, "depth", getattr(vision, "num_hidden_layers", 0))
     for name, count in counts.items():
         if type(count) is not int or count > max(tensors, LISTED):
             raise UserError(f"{name} is {count!r}, but there are only {tensors} tensors.")
-
-
-def _of_the_tower(sources: Sources, keeps_merger: bool, dropped: Counter[str]) -> Found:
-    tower, found = sources.tower, Found()
-
-    def is_wanted(name: str) -> bool:
-        return any(name.startswith(spelling) for spelling, _ in tower.spellings)
-
-    for name, stored in sources.vision.read_tensors(is_wanted).items():
-        spelling, stem = next((pair for pair in tower.spellings if name.startswith(pair[0])), (None, ""))
-        drop = next((reason for prefix, reason in tower.drops if name.startswith(prefix)), None)
-        if spelling is None or (drop and not (tower.is_native and spelling)):
-            dropped[drop or "not the tower's"] += 1
-            continue
-        target = stem + name[len(spelling) :]
-        if f"visual.{target}" in found or f"projector.{target}" in found:
-            raise UserError(f"the tower's checkpoint has {target} twice, once as {name}. Copy or download it again.")
-        if tower.merger and target.startswith(tower.merger):
-            if not keeps_merger:
-                dropped["the VLM's patch merger"] += 1
-                continue
-            found[f"projector.{target}"] = ("vlm", name, stored)
-        else:
-            found[f"visual.{target}"] = ("vlm", name, stored)
-    return found
-
-
-def _of_the_llm(sources: Sources, tied: bool, dropped: Counter[str]) -> Found:
-    found = Found()
-    for name, stored in sources.llm.read_tensors().items():
-        if name == "lm_head.weight" and tied:
-            dropped["the head is tied to the embeddings"] += 1
-        else:
-            found[name] = ("llm", name, stored)
-    return found

@@ -17,19 +17,13 @@ from typing import Any, get_args
 
 import yaml
 
+from qwen_merge.architecture import kinds_qwen_merge_graft as kinds
 from qwen_merge.errors import UserError
 
 PIXELS = (56 * 56, 512 * 512)  # as training's image_max_pixels
-KINDS = ("extended", "patch_merger", "linear", "mlp", "resampler")
-POSITIONS = ("mrope", "mrope-2d", "1d")
-# Settings of a projector beside its kind, and what each must be at least.
-SETTINGS: dict[str, dict[str, int]] = {
-    "extended": {},
-    "patch_merger": {"merge_size": 1},
-    "linear": {},
-    "mlp": {"merge_size": 1, "hidden_size": 1},
-    "resampler": {"queries": 1, "heads": 1},
-}
+POSITIONS = (*kinds.POSITIONS, "mrope-2d")
+STOCK = "qwen2_5_vl"
+ARCHITECTURES = ("qwen_merge_graft", STOCK)
 
 
 @dataclass(frozen=True)
@@ -39,6 +33,7 @@ class Vision:
     layer: whose output is taken (-1: the tower's result). frozen: it does not train unless a trainer says so.
     resolution: "native" any size, "fixed" the tower's own, "interpolated" any size for a tower with one.
     min_pixels, max_pixels: of a picture of any size (default: `PIXELS`).
+    deepstack: whether Qwen3-VL's tower adds what it saw on the way to the LLM's first layers; null: with projector own.
     """
 
     source: str
@@ -48,6 +43,7 @@ class Vision:
     resolution: str | None = None
     min_pixels: int | None = None
     max_pixels: int | None = None
+    deepstack: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +54,7 @@ class LLM:
 
 @dataclass(frozen=True)
 class Tokens:
-    """How the tokenizer spells what stands for pictures."""
+    """How the tokenizer spells what stands for pictures; what it lacks is added to it."""
 
     image: str = "<|image_pad|>"
     video: str = "<|video_pad|>"
@@ -68,7 +64,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole file. projector: `kind` and its settings."""
+    """A whole file. projector: `kind` and its settings. architecture: the result's `model_type` (`stock.py`)."""
 
     vision: Vision
     projector: dict[str, Any]
@@ -79,6 +75,7 @@ class Recipe:
     tokens: Tokens = field(default_factory=Tokens)
     seed: int = 42
     max_shard_size: str = "5GB"
+    architecture: str = ARCHITECTURES[0]
 
 
 def pixels(vision: Vision) -> tuple[int, int]:
@@ -123,6 +120,9 @@ def _recipe(content: Any, path: Path, problems: list[str]) -> Recipe | None:
     if not isinstance(output, str) or not output or "\0" in output:
         problems.append(f"output is {output!r}; expected the path of a new directory")
     positions, section = content.get("positions", "mrope"), content.get("mrope_section")
+    architecture = content.get("architecture", ARCHITECTURES[0])
+    if architecture not in ARCHITECTURES:
+        problems.append(f"architecture is {architecture!r}; expected one of {', '.join(ARCHITECTURES)}")
     if positions not in POSITIONS:
         problems.append(f"positions is {positions!r}; expected one of {', '.join(POSITIONS)}")
     if section is not None:
@@ -145,9 +145,8 @@ def _recipe(content: Any, path: Path, problems: list[str]) -> Recipe | None:
     if problems or vision is None or llm is None or tokens is None:
         return None
     section = tuple(section) if section is not None else None
-    return Recipe(
-        vision, projector, llm, Path(os.path.expanduser(str(output))), positions, section, tokens, seed, str(size)
-    )
+    output = Path(os.path.expanduser(str(output)))
+    return Recipe(vision, projector, llm, output, positions, section, tokens, seed, str(size), architecture)
 
 
 def _part(kind: type, content: Any, name: str, problems: list[str]) -> Any:
@@ -173,10 +172,10 @@ def _part(kind: type, content: Any, name: str, problems: list[str]) -> Any:
 
 def _projector(content: Any, problems: list[str]) -> dict[str, Any]:
     kind = content.get("kind") if isinstance(content, dict) else None
-    if kind not in KINDS:
-        problems.append(f"projector.kind is {kind!r}; expected one of {', '.join(KINDS)}")
+    if kind not in kinds.PROJECTORS:
+        problems.append(f"projector.kind is {kind!r}; expected one of {', '.join(kinds.PROJECTORS)}")
         return {}
-    settings = SETTINGS[kind]
+    settings = kinds.PROJECTORS[kind]
     for key, value in content.items():
         if key == "kind":
             continue
@@ -185,7 +184,7 @@ def _projector(content: Any, problems: list[str]) -> dict[str, Any]:
             problems.append(f"unknown key projector.{key} for kind {kind}; expected {expected}")
         elif type(value) is not int or value < settings[key]:
             problems.append(f"projector.{key} is {value!r}; expected a whole number from {settings[key]} on")
-    queries = content.get("queries", 256)
+    queries = content.get("queries", kinds.QUERIES)
     if kind == "resampler" and type(queries) is int and queries > 0 and math.isqrt(queries) ** 2 != queries:
         problems.append(f"projector.queries is {queries}; expected a square number, whose root lies on each side")
     return dict(content)

@@ -7,7 +7,7 @@ of them by a file of the same name.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,8 +41,10 @@ class Companions:
     notes: list[str] = field(default_factory=list)
 
 
-def gather(vlm: Source, llm: Source, overrides: Mapping[str, bytes]) -> Companions:
+def gather(vlm: Source, llm: Source, overrides: Mapping[str, bytes], code: Sequence[Path] = CODE_FILES) -> Companions:
     """Read and adapt all companion files. Writes nothing. overrides: as `read_materials` gives them.
+
+    code: the modules that travel with the checkpoint.
 
     Raises:
         UserError: no tokenizer or preprocessor where one is expected.
@@ -51,8 +53,8 @@ def gather(vlm: Source, llm: Source, overrides: Mapping[str, bytes]) -> Companio
     _set_preprocessors(companions.files, vlm, overrides)
     for name in sorted(companions.files):
         if name.endswith(".json") and name != "tokenizer.json":  # that was read for its tokens, and may be large
-            _decode(companions.files[name], name)
-    for path in CODE_FILES:
+            decode(companions.files[name], name)
+    for path in code:
         companions.files[path.name] = path.read_bytes()
     return companions
 
@@ -121,7 +123,7 @@ def _read_material(path: Path) -> bytes:
 
 def _set_chat_template(files: dict[str, bytes], overrides: Mapping[str, bytes]) -> None:
     """One template, in both places where a library may look."""
-    tokenizer_config = _decode(files["tokenizer_config.json"], "tokenizer_config.json")
+    tokenizer_config = decode(files["tokenizer_config.json"], "tokenizer_config.json")
     if CHAT_TEMPLATE in overrides:
         template = overrides[CHAT_TEMPLATE].decode("utf-8")
     elif "tokenizer_config.json" in overrides and isinstance(tokenizer_config.get("chat_template"), str):
@@ -137,7 +139,7 @@ def _set_chat_template(files: dict[str, bytes], overrides: Mapping[str, bytes]) 
 def _set_preprocessors(files: dict[str, bytes], vlm: Source, overrides: Mapping[str, bytes]) -> None:
     """The VLM's, with the names by which transformers 4.52 finds its classes for an architecture it does not know."""
     if PREPROCESSOR in overrides:
-        image = _decode(overrides[PREPROCESSOR], PREPROCESSOR)
+        image = decode(overrides[PREPROCESSOR], PREPROCESSOR)
         files[PREPROCESSOR] = overrides[PREPROCESSOR]
     else:
         image = vlm.read_json(PREPROCESSOR)
@@ -164,7 +166,7 @@ def patch_problems(files: dict[str, bytes], vision_config: dict) -> list[str]:
     )
     problems = []
     for name in (PREPROCESSOR, VIDEO_PREPROCESSOR):
-        content = _decode(files[name], name)
+        content = decode(files[name], name)
         problems += [
             f"{name}: {mine} is {content[mine]}, the VLM's vision_config has {theirs} {vision_config[theirs]}"
             for mine, theirs in pairs
@@ -179,7 +181,7 @@ def added_token_ids(files: dict[str, bytes]) -> dict[str, int]:
     for name in ("added_tokens.json", "tokenizer_config.json", "tokenizer.json"):
         if name not in files:  # tokenizer.json is what transformers really loads: it has the last word
             continue
-        content = _decode(files[name], name)
+        content = decode(files[name], name)
         try:
             if name == "added_tokens.json":
                 found.update({text: _number(number) for text, number in content.items()})
@@ -201,7 +203,8 @@ def _number(value: object) -> int:
     return value
 
 
-def _decode(content: bytes, name: str) -> dict:
+def decode(content: bytes, name: str) -> dict:
+    """Raises UserError when a file is no JSON object."""
     try:
         decoded = json.loads(content)
     except (ValueError, RecursionError) as error:

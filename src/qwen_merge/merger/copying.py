@@ -11,12 +11,16 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qwen_merge.errors import UserError
-from qwen_merge.merger.initialise import initial_bytes
+from qwen_merge.merger.initialise import initial_bytes, initial_rows
 from qwen_merge.merger.plan import PlannedTensor
 from qwen_merge.merger.safetensors_file import ITEM_BYTES
 from qwen_merge.merger.shards import Shard
+
+if TYPE_CHECKING:
+    import numpy as np
 
 KERNEL_CHUNK = 64 << 20
 BUFFER = 8 << 20
@@ -55,7 +59,9 @@ def _fill(
         path = source_path(first.origin, first.stored.file)
         source = open_to_read(path)
         try:
-            if first.dtype == first.stored.dtype:
+            if first.rows is not None:
+                position = _with_new_rows(source, target, first, position, path, seed, advance)
+            elif first.dtype == first.stored.dtype:
                 last = run[-1].stored
                 assert last is not None
                 copy_range(source, target, first.stored.start, last.end - first.stored.start, position, path, advance)
@@ -87,6 +93,7 @@ def _runs(tensors: Iterable[PlannedTensor]) -> Iterable[list[PlannedTensor]]:
             and tensor.stored.start == run[-1].stored.end
             and tensor.dtype == tensor.stored.dtype
             and run[-1].dtype == run[-1].stored.dtype
+            and tensor.rows is run[-1].rows is None
         )
         if run and not joined:
             yield run
@@ -124,6 +131,48 @@ def copy_range(
             write_all(target, buffer[:copied], at)
         start, at = start + copied, at + copied
         advance(copied)
+
+
+def _with_new_rows(
+    source: int, target: int, tensor: PlannedTensor, at: int, path: Path, seed: int, advance: Callable[[int], None]
+) -> int:
+    """The source's rows as they are, and new ones in their places; returns where the tensor ends."""
+    stored, rows = tensor.stored, tensor.rows
+    assert stored is not None
+    assert rows is not None
+    assert stored.dtype == tensor.dtype
+    width = stored.nbytes // stored.shape[0]
+    mean, spread = _mean_row(source, tensor, path)
+    drawn = initial_rows(mean, spread, len(rows.numbers), tensor, seed)
+    row = 0
+    for place, number in enumerate(rows.numbers):
+        copy_range(source, target, stored.start + row * width, (number - row) * width, at + row * width, path, advance)
+        write_all(target, drawn[place * width : (place + 1) * width], at + number * width)
+        advance(width)
+        row = number + 1
+    left = max(0, stored.shape[0] - row)
+    copy_range(source, target, stored.start + row * width, left * width, at + row * width, path, advance)
+    return at + tensor.nbytes
+
+
+def _mean_row(source: int, tensor: PlannedTensor, path: Path) -> tuple["np.ndarray", float]:
+    """The mean of the rows that hold something, and how far their values lie from it (root mean square)."""
+    import numpy as np
+
+    from qwen_merge.merger.convert import to_float32
+
+    stored, rows = tensor.stored, tensor.rows
+    assert stored is not None
+    assert rows is not None
+    width = stored.nbytes // stored.shape[0]
+    total, squares = np.zeros(stored.shape[1]), 0.0
+    for first in range(0, rows.known, max(1, BUFFER // width)):
+        count = min(max(1, BUFFER // width), rows.known - first)
+        data = read_exactly(source, stored.start + first * width, count * width, path)
+        values = to_float32(data, stored.dtype).reshape(count, -1).astype(np.float64)
+        total, squares = total + values.sum(0), squares + float((values**2).sum())
+    mean = total / rows.known
+    return mean, max(0.0, squares / rows.known / len(mean) - float((mean**2).mean())) ** 0.5
 
 
 def _convert_range(

@@ -193,6 +193,7 @@ def _manifest(
     import numpy
 
     plan = ready.plan
+    new_rows = {tensor.name: list(tensor.rows.numbers) for tensor in plan.tensors if tensor.rows is not None}
     sources = {}
     for origin, source in (("vlm", ready.vlm), ("llm", ready.llm)):
         files: dict[str, dict] = {}
@@ -220,6 +221,7 @@ def _manifest(
             "copied": {origin: len(plan.of(origin)) for origin in ("vlm", "llm")},
             "initialised": [tensor.name for tensor in plan.of("new")],
             "dropped": plan.dropped,
+            **({"new_rows": new_rows} if new_rows else {}),
         },
         "new_layer": {"seed": seed, "standard_deviation": STANDARD_DEVIATION, "generator": GENERATOR},
         "options": {

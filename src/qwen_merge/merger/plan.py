@@ -23,10 +23,23 @@ SHOWN = 10  # problems of one kind that are spelled out
 
 
 @dataclass(frozen=True)
+class NewRows:
+    """Rows of a copied matrix that are drawn instead: about the mean of its first `known` rows.
+
+    numbers: which, in order. copied: how many the source has; those behind them make the result longer.
+    """
+
+    numbers: tuple[int, ...]
+    known: int
+    copied: int
+
+
+@dataclass(frozen=True)
 class PlannedTensor:
     """One tensor of the result. `stored` is None for what is initialised.
 
-    stream: which of the seed's streams of random numbers it is drawn from; None: it is all ones.
+    stream: which of the seed's streams of random numbers it is drawn from; None: it is all ones. rows: what of a copied
+    one is drawn.
     """
 
     name: str
@@ -36,6 +49,7 @@ class PlannedTensor:
     source_name: str | None = None
     stored: StoredTensor | None = None
     stream: int | None = 0
+    rows: NewRows | None = None
 
     @property
     def nbytes(self) -> int:

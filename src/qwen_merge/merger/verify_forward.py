@@ -30,13 +30,13 @@ def compare_text(directory: Path, llm: Source) -> tuple[list[str], str]:
     from qwen_merge.architecture.modeling_qwen2_5_vl_merge import Qwen2_5_VL_MergeForConditionalGeneration
 
     merged = _text_logits(Qwen2_5_VL_MergeForConditionalGeneration, directory)
-    plain = _text_logits(Qwen3ForCausalLM, _local_directory(llm), dtype=merged.dtype)
+    plain = _text_logits(Qwen3ForCausalLM, local_directory(llm), dtype=merged.dtype)
     return _difference(merged, plain, f"logits of 2 × {TOKENS} tokens")
 
 
 def _text_logits(model_class: Any, directory: Path, dtype: "torch.dtype | str" = "auto") -> torch.Tensor:
     """(2 × tokens, vocabulary) logits where a token is; the second row's first tokens are padding."""
-    with _quiet():
+    with quiet():
         model = model_class.from_pretrained(directory, torch_dtype=dtype, attn_implementation="sdpa").eval()
     vocabulary = min(model.config.get_text_config().vocab_size, 1000)
     ids = torch.randint(vocabulary // 2, (2, TOKENS), generator=torch.Generator().manual_seed(0))
@@ -113,7 +113,7 @@ def _difference(merged: torch.Tensor, plain: torch.Tensor, what: str) -> tuple[l
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No bars and no notices of transformers between the lines of a verification."""
     from transformers.utils import logging
 
@@ -127,7 +127,7 @@ def _quiet() -> Iterator[None]:
         logging.enable_progress_bar()
 
 
-def _local_directory(source: Source) -> Path:
+def local_directory(source: Source) -> Path:
     """The directory of a source with all its files in it (a hub source downloads what is missing)."""
     for name in ("config.json", *{stored.file for stored in source.read_tensors().values() if stored}):
         source.path(name)
