@@ -21,7 +21,11 @@ import yaml
 from qwen_merge.data.sets import ONEVISION, configurations, dataset_name
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPES = sorted((ROOT / "examples").rglob("*.yaml"))
+# Other YAML of the examples says what is joined (graft_4b.yaml) or where sets are.
+RECIPES = [
+    path for path in sorted((ROOT / "examples").rglob("*.yaml")) if "stage: " in path.read_text(encoding="utf-8")
+]
+CUSTOM = ROOT / "examples/custom_vision"  # on sets of the user's own
 STAGES = ("1", "2.1", "2.2", "3")
 CAPTIONS = ["LLaVA_ReCap_558K", "LLaVA_ReCap_CC12M", "LLaVA_ReCap_CC3M", "synthdog_zh", "synthdog_en"]
 REASONING = ["text2image", "image_thinking"]
@@ -114,7 +118,8 @@ def test_llamafactory_accepts_the_recipe(factory, path):
     config = without_gpu(read(path))
     factory._parse_train_args(copy.deepcopy(config))
     check_types(factory, config)
-    assert (ROOT / read(path)["deepspeed"]).is_file()
+    if path != CUSTOM / "baseline.yaml":  # for another LLaMA-Factory, which refuses its stack's DeepSpeed
+        assert (ROOT / read(path)["deepspeed"]).is_file()
 
 
 @pytest.mark.parametrize("size", ["4B", "8B"])
@@ -126,6 +131,40 @@ def test_a_fast_recipe_is_the_plain_one_packed(size, stage):
     changed = {key for key in plain.keys() | fast.keys() if plain.get(key) != fast.get(key)}
     batch = {"per_device_train_batch_size", "gradient_accumulation_steps"}
     assert changed == batch | {"neat_packing", "torch_compile", "optim", "deepspeed"}
+
+
+# seed 003: projector 1e-5 to 2e-5, LoRA 2e-5 to 1e-6, the tower 1e-6; 576*28*28 and 16*28*28 pixels
+def test_the_custom_encoder_recipes_are_the_seed_s():
+    found = {path.stem: read(path) for path in RECIPES if path.parent == CUSTOM}
+    assert set(found) == {"baseline", "one_stage", "stage1", "stage2", "encoder"}
+    for name, config in found.items():
+        by_lora = config["finetuning_type"] == "lora"
+        assert by_lora == (name != "stage1") == (not config["freeze_language_model"])
+        assert config["freeze_vision_tower"] == (name != "encoder")
+        assert not config["freeze_multi_modal_projector"]
+        assert (config["image_max_pixels"], config["image_min_pixels"]) == (576 * 28 * 28, 16 * 28 * 28)
+        if by_lora:
+            assert (config["lora_rank"], config["lora_alpha"], config["lora_dropout"]) == (8, 16, 0.0)
+            assert 1e-6 <= config["learning_rate"] <= 2e-5
+        if name not in ("baseline", "stage1"):
+            assert 1e-5 <= config["projector_learning_rate"] <= 2e-5
+    assert found["baseline"]["additional_target"] == "visual.merger"
+    assert found["encoder"]["vision_learning_rate"] == 1e-6
+    assert found["stage2"]["projector_learning_rate"] < found["stage1"]["learning_rate"] <= 2e-5
+    assert found["stage2"]["model_name_or_path"] == found["stage1"]["output_dir"]
+
+
+@pytest.mark.parametrize("size", ["4B", "8B"])
+def test_the_custom_encoder_grafts_are_the_seed_s(size):
+    from qwen_merge.graft.recipe import read as read_graft
+
+    recipe = read_graft(CUSTOM / f"graft_{size.lower()}.yaml")
+    assert (recipe.vision.source, recipe.llm.source) == ("microsoft/rad-dino", f"Qwen/Qwen3-VL-{size}-Instruct")
+    assert recipe.projector == {"kind": "linear"}
+    first = {"one_stage", "stage1"}
+    for path in RECIPES:
+        if path.parent == CUSTOM and path.stem in first:
+            assert read(path)["model_name_or_path"].replace("4b", size.lower()) == str(recipe.output)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -255,7 +294,7 @@ def dataset_info() -> dict:
 
 
 def test_the_recipes_and_dataset_info_name_the_same_sets():
-    used = {name for path in RECIPES for name in names(read(path)["dataset"])}
+    used = {name for path in RECIPES if path.parent != CUSTOM for name in names(read(path)["dataset"])}
     assert used == set(dataset_info())
     assert used == {*CAPTIONS, *GENERAL, *REASONING}
     assert len(used) == 5 + 84 + 2

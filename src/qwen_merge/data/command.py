@@ -15,7 +15,11 @@ went. A run can be killed at any time: --resume goes on with it. A set that is f
   qwen-merge data convert onevision --input copies/LLaVA-OneVision-Data --workers 8 --resume
 """
 # More commands of this step, each with `add_parsers(subparsers)`.
-COMMAND_MODULES: tuple[str, ...] = ("qwen_merge.data.distil_command", "qwen_merge.data.look_command")
+COMMAND_MODULES: tuple[str, ...] = (
+    "qwen_merge.data.own_command",
+    "qwen_merge.data.distil_command",
+    "qwen_merge.data.look_command",
+)
 
 
 def add_parsers(subparsers: argparse._SubParsersAction) -> None:

@@ -13,7 +13,8 @@ import re
 from qwen_merge.data.schema import ASSISTANT, IMAGE_TAG, USER
 
 ROLES = {"human": USER, "gpt": ASSISTANT}
-MEDIA_TAGS = ("<video>", "<audio>")  # LLaMA-Factory's other placeholders
+VIDEO_TAG = "<video>"
+MEDIA_TAGS = (VIDEO_TAG, "<audio>")  # LLaMA-Factory's other placeholders
 THINK_TAGS = ("<think>", "</think>")
 SPECIAL_TOKEN = re.compile(
     r"<\|(?:im_start|im_end|endoftext|object_ref_start|object_ref_end|box_start|box_end|quad_start|quad_end"
@@ -39,20 +40,7 @@ def conversation(turns: object) -> list[dict[str, str]]:
     Raises:
         Dropped: any of the reasons below.
     """
-    if not isinstance(turns, list) or not turns:
-        raise Dropped("no conversation", repr(turns))
-    messages = []
-    for turn in turns:
-        role = turn.get("from") if isinstance(turn, dict) else None
-        text = turn.get("value") if isinstance(turn, dict) else None
-        if not isinstance(text, str) or not isinstance(role, str):
-            raise Dropped("a turn is not text", repr(turn))
-        if role not in ROLES:
-            raise Dropped("a turn is of neither human nor gpt", repr(role))
-        messages.append({"role": ROLES[role], "content": text})
-    roles = [message["role"] for message in messages]
-    if len(roles) % 2 or roles != [USER, ASSISTANT] * (len(roles) // 2):
-        raise Dropped("turns do not alternate human, gpt", " ".join(turn["from"] for turn in turns))
+    messages = alternating(turns)
     text = "\n".join(message["content"] for message in messages)
     check_text(text)
     tags = text.count(IMAGE_TAG)
@@ -68,6 +56,29 @@ def conversation(turns: object) -> list[dict[str, str]]:
     for message in messages:  # after the tag: a picture alone is a question
         if not message["content"].strip():
             raise Dropped("an empty turn", text)
+    return messages
+
+
+def alternating(turns: object) -> list[dict[str, str]]:
+    """Turns of human and gpt as messages, their texts as they are.
+
+    Raises:
+        Dropped: there are none, or they are no texts, or not in turns.
+    """
+    if not isinstance(turns, list) or not turns:
+        raise Dropped("no conversation", repr(turns))
+    messages = []
+    for turn in turns:
+        role = turn.get("from") if isinstance(turn, dict) else None
+        text = turn.get("value") if isinstance(turn, dict) else None
+        if not isinstance(text, str) or not isinstance(role, str):
+            raise Dropped("a turn is not text", repr(turn))
+        if role not in ROLES:
+            raise Dropped("a turn is of neither human nor gpt", repr(role))
+        messages.append({"role": ROLES[role], "content": text})
+    roles = [message["role"] for message in messages]
+    if len(roles) % 2 or roles != [USER, ASSISTANT] * (len(roles) // 2):
+        raise Dropped("turns do not alternate human, gpt", " ".join(turn["from"] for turn in turns))
     return messages
 
 
@@ -99,13 +110,13 @@ def with_image_tag(text: str) -> str:
     return f"{IMAGE_TAG}\n{text}" if text else IMAGE_TAG
 
 
-def check_text(text: str) -> None:
+def check_text(text: str, tags: tuple[str, ...] = MEDIA_TAGS) -> None:
     """What no text may hold.
 
     Raises:
-        Dropped: a video or audio tag, a special token, half a character.
+        Dropped: one of `tags`, a special token, half a character.
     """
-    for tag in MEDIA_TAGS:
+    for tag in tags:
         if tag in text:
             raise Dropped("video or audio tag", text)
     if match := SPECIAL_TOKEN.search(text):

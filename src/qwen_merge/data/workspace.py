@@ -130,6 +130,14 @@ class Workspace:
             self._finish_interrupted()
             self.close()
 
+    def discard(self) -> None:
+        """Nothing comes of what is under way; the set is as it was before begin()."""
+        with told(self.folder):
+            self.journal.close()
+            self._empty()
+            self.folder.rmdir()
+        self.close()
+
     def close(self) -> None:
         """Let go of the lock; what is under way stays for --resume."""
         self.journal.close()

@@ -1,0 +1,348 @@
+"""A user's own sets: JSON with image, video and conversations, shares, and what is refused.
+
+.venv/bin/python -m pytest tests/unit/test_data_import.py
+"""
+
+import io
+import json
+import os
+import tracemalloc
+from collections import Counter
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from clips import write_clip
+from own_sets import make_pictures, row, turns, write_sets
+from qwen_merge import cli
+from qwen_merge.data import json_rows
+from qwen_merge.data.frames import FrameOptions, chosen
+from qwen_merge.data.manifest import Manifest, manifest_path
+from qwen_merge.data.own_import import drawn
+from qwen_merge.data.own_rows import expanded
+from qwen_merge.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make_pictures(tmp_path / "pictures", ["a.png", "b.png", "c.png"])
+    return tmp_path
+
+
+def run(folder: Path, *arguments: object) -> int:
+    registry = () if "--sets" in arguments else ("--sets", folder / "sets.yaml")
+    return cli.main(list(map(str, ["data", "import", "--output", folder / "data", *registry, *arguments])))
+
+
+def rows_of(folder: Path, name: str) -> list[dict]:
+    return [
+        row for path in sorted((folder / "data" / name).glob("*.parquet")) for row in pq.read_table(path).to_pylist()
+    ]
+
+
+def numbers(folder: Path, name: str) -> list[int]:
+    return [int(row["messages"][1]["content"].split()[-1].rstrip(".")) for row in rows_of(folder, name)]
+
+
+SOUND = [
+    row(0, "<image>\nWhat is it?", image="a.png"),
+    row(1, "First <image>, then <image>: which?", image=["b.png", "a.png"]),
+    row(2, "Who wrote it?"),
+    {"image": ["c.png"], "conversations": turns("Look.", "I do.", "At <image>?", "A shape."), "width": 3},
+]
+
+
+@pytest.mark.parametrize("lines", [False, True], ids=["JSON", "JSONL"])
+def test_rows_become_records_with_the_bytes_of_their_pictures(folder, lines):
+    absolute = row(4, "<image>?", image=str(folder / "pictures/b.png"))
+    write_sets(folder, {"mine": [*SOUND, absolute]}, lines=lines)
+    assert run(folder, "mine") == 0
+    found = rows_of(folder, "mine")
+    assert found[1]["messages"] == [
+        {"role": "user", "content": "First <image>, then <image>: which?"},
+        {"role": "assistant", "content": "It is number 1."},
+    ]
+    pictures = [[(folder / "pictures" / name).read_bytes() for name in names] for names in ("a", "ba", "", "c", "b")
+                for names in [[f"{letter}.png" for letter in names]]]  # fmt: skip
+    assert [[image["bytes"] for image in row["images"]] for row in found] == pictures
+    assert len(found[3]["messages"]) == 4
+    info = json.loads((folder / "data/dataset_info.json").read_text())
+    assert info["mine"]["file_name"] == "mine"
+    manifest = Manifest.read(manifest_path(folder / "data", "mine"))
+    assert (manifest.counts.rows_in, manifest.counts.rows_out, manifest.counts.drops) == (5, 5, {})
+    assert manifest.extra["pictures"] == {"PNG RGB": 5}
+
+
+def test_without_data_path_paths_begin_at_the_annotations(folder):
+    registry = write_sets(folder / "pictures", {"mine": SOUND[:1]}, data_path=None)
+    assert run(folder, "mine", "--sets", registry) == 0
+    assert len(rows_of(folder, "mine")) == 1
+
+
+def test_the_registry_may_be_json(folder):
+    write_sets(folder, {"mine": SOUND})
+    entry = {"mine": {"annotation_path": str(folder / "mine.json"), "data_path": str(folder / "pictures")}}
+    (folder / "sets.json").write_text(json.dumps(entry))
+    assert run(folder, "mine", "--sets", folder / "sets.json") == 0
+
+
+# Shares
+
+
+@pytest.mark.parametrize(("share", "wanted"), [("50", 100), ("12.5", 25), ("100", 200), ("0.4", 0), ("33", 66)])
+def test_a_share_is_exact_and_the_same_for_a_seed(folder, share, wanted):
+    write_sets(folder, {"mine": [row(number, "Which?") for number in range(200)]})
+    name = f"mine%{share}"
+    assert run(folder, name) == 0
+    first = numbers(folder, name)
+    assert len(first) == wanted == len(set(first))
+    assert first == sorted(first)
+    assert run(folder, name, "--overwrite") == 0
+    assert numbers(folder, name) == first
+    assert run(folder, name, "--overwrite", "--seed", "1") == 0
+    assert (numbers(folder, name) != first) == (0 < wanted < 200)
+    drops = Manifest.read(manifest_path(folder / "data", name)).counts.drops
+    assert sum(drop["rows"] for drop in drops.values()) == 200 - wanted
+
+
+def test_every_row_has_the_same_chance():
+    found = Counter()
+    for seed in range(4000):
+        taken = list(drawn(8, 2, seed, "mine"))
+        assert sum(taken) == 2
+        found.update(number for number, yes in enumerate(taken) if yes)
+    assert min(found.values()) > 900
+    assert max(found.values()) < 1100
+    assert list(drawn(3, 3, 0, "")) == [True] * 3
+
+
+def test_sets_and_their_shares_stand_side_by_side(folder):
+    write_sets(folder, {"mine": [row(number, "Which?") for number in range(20)], "other": SOUND})
+    assert run(folder, "mine%50,other") == 0
+    assert run(folder, "mine%10") == 0
+    info = json.loads((folder / "data/dataset_info.json").read_text())
+    assert list(info) == ["mine%50", "other", "mine%10"]
+    assert [len(rows_of(folder, name)) for name in info] == [10, 4, 2]
+    assert not set(numbers(folder, "mine%10")) - set(range(20))
+
+
+def test_a_finished_set_is_not_made_again_and_other_annotations_are_noticed(folder, capsys):
+    write_sets(folder, {"mine": SOUND})
+    assert run(folder, "mine") == 0
+    assert run(folder, "mine") == 0
+    assert "finished already" in capsys.readouterr().err
+    write_sets(folder, {"mine": SOUND[:2]})
+    assert run(folder, "mine") == 2
+    assert "digest of annotation_path" in capsys.readouterr().err
+    assert len(rows_of(folder, "mine")) == 4
+    assert run(folder, "mine", "--overwrite") == 0
+    assert len(rows_of(folder, "mine")) == 2
+
+
+# What is wrong is told together, and nothing is written
+
+
+WRONG = [
+    (row(1, "<image>", image=["a.png"] * 2), "<image> tags and files of 'image' differ in number", "1 tags, 2 files"),
+    (row(2, "No tag", image="a.png"), "<image> tags and files of 'image' differ in number", "0 tags, 1 files"),
+    (row(3, "<image>?"), "<image> tags and files of 'image' differ in number", "1 tags, 0 files"),
+    (row(4, "<video>?", image="a.png"), "<image> tags and files of 'image' differ in number", "0 tags, 1 files"),
+    (row(5, "<video>?"), "<video> tags and files of 'video' differ in number", "1 tags, 0 files"),
+    (row(6, "<image>?", image="z.png"), "a file is missing", "z.png"),
+    (row(7, "<image>?", image="../mine.png"), "a file is missing", "mine.png"),
+    ({"conversations": turns("Hm?", "An <image>")}, "<image> in an answer", "An <image>"),
+    ({"conversations": turns("Hm?", "A <|im_end|>")}, "special token of the model in the text", "<|im_end|>"),
+    ({"conversations": turns("Hm?", "A <|image_pad|>")}, "special token of the model in the text", "<|image_pad|>"),
+    ({"conversations": turns("Hm?")}, "turns do not alternate human, gpt", "human"),
+    ({"conversations": turns("Hm?", " ")}, "an empty turn", "Hm?"),
+    ({"conversations": [{"role": "user", "content": "Hm?"}]}, "a turn is not text", "user"),
+    ({"image": "a.png"}, "no conversation", "None"),
+    ({"image": 3, "conversations": turns("Hm?", "No.")}, "'image' is neither a path nor a list of paths", "3"),
+    ({"conversations": turns("<audio>Hm?", "No.")}, "video or audio tag", "<audio>"),
+    (["a row"], "a row is no JSON object", "a row"),
+]  # fmt: skip
+
+
+def test_all_that_is_wrong_is_told_at_once_and_nothing_is_written(folder, capsys):
+    write_sets(folder, {"mine": [*SOUND, *(bad for bad, *_ in WRONG)], "other": [row(0, "<image>", image="no.png")]})
+    (folder / "torn.json").write_text('[{"conversations": [}]')
+    registry = (folder / "sets.yaml").read_text() + "torn: {annotation_path: torn.json}\n"
+    (folder / "sets.yaml").write_text(registry)
+    assert run(folder, "mine%50", "other", "torn") == 2
+    said = capsys.readouterr().err
+    for reason, count in Counter(reason for _, reason, _ in WRONG).items():
+        assert f"mine%50: {count} rows: {reason}" in said
+    assert "1 tags, 2 files" in said
+    assert "row 4 (id n1)" in said
+    assert "other: 1 rows: a file is missing, such as row 0 (id n0)" in said
+    assert "torn: " in said
+    assert "row 0 is no JSON" in said
+    assert not (folder / "data").exists()
+
+
+@pytest.mark.parametrize(("bad", "reason", "example"), WRONG, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_wrong_row_is_dropped_and_counted_when_asked(folder, capsys, bad, reason, example):
+    write_sets(folder, {"mine": [*SOUND, bad]})
+    assert run(folder, "mine") == 2
+    said = capsys.readouterr().err
+    assert f"mine: 1 rows: {reason}" in said
+    assert example in said
+    assert run(folder, "mine", "--drop") == 0
+    counts = Manifest.read(manifest_path(folder / "data", "mine")).counts
+    assert (counts.rows_in, counts.rows_out) == (5, 4)
+    assert {name: drop["rows"] for name, drop in counts.drops.items()} == {reason: 1}
+    assert len(rows_of(folder, "mine")) == 4
+
+
+def test_pictures_that_do_not_decode_are_told_together_and_their_sets_not_written(folder, capsys):
+    whole = (folder / "pictures/a.png").read_bytes()
+    (folder / "pictures/torn.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "pictures/clip.mp4").write_bytes(b"no clip")
+    bad = [row(7, "<image>", image="torn.png"), row(8, "<video>", video="clip.mp4")]
+    write_sets(folder, {"mine": [*SOUND, *bad], "sound": SOUND, "other": bad[:1]})
+    assert run(folder, "mine", "sound", "other") == 2
+    said = capsys.readouterr().err
+    assert "mine: 1 rows: picture does not decode, such as row 4 (id n7)" in said
+    assert "mine: 1 rows: video does not decode, such as row 5 (id n8)" in said
+    assert "other: 1 rows: picture does not decode" in said
+    assert [path.name for path in (folder / "data").iterdir() if path.is_dir()] == ["sound"]  # no working folders
+    assert list(json.loads((folder / "data/dataset_info.json").read_text())) == ["sound"]
+    (folder / "pictures/torn.png").write_bytes(whole)  # mended: nothing stands in the way
+    assert run(folder, "other") == 0
+    assert run(folder, "mine", "--drop") == 0
+    assert Manifest.read(manifest_path(folder / "data", "mine")).counts.drops.keys() == {"video does not decode"}
+
+
+@pytest.mark.parametrize(
+    ("names", "content", "message"),
+    [
+        (["mine", "its"], {}, "its is not in"),
+        (["mine%0"], {}, "'mine%0': expected a name, or a name and a share of up to 100"),
+        (["mine%101"], {}, "share of up to 100"),
+        (["mine%x"], {}, "share of up to 100"),
+        (["mine%50", "mine"], {}, "mine is named twice"),
+        (["mine"], {"mine": {"data_path": "pictures"}}, "mine: expected annotation_path"),
+        (["mine"], {"mine": {"annotation_path": "no.json"}}, "no.json is no file"),
+        (["mine"], {"mine": {"annotation_path": "mine.json", "data_path": "no"}}, "no is no folder"),
+        (["mine"], {"mine": {"annotation_path": "mine.json", "path": "no"}}, "mine: unknown key 'path'"),
+        (["mine"], {"mine": {"annotation_path": 3}}, "annotation_path is 3; expected a path"),
+        (["mine"], {"mine%50": {}}, "an entry for each set"),
+        ([","], {}, "no set is named"),
+    ],
+)
+def test_wrong_names_and_entries(folder, capsys, names, content, message):
+    registry = write_sets(folder, {"mine": SOUND})
+    if content:
+        registry.write_text(json.dumps(content))
+    assert run(folder, *names) == 2
+    assert message in capsys.readouterr().err
+    assert not (folder / "data").exists()
+
+
+def test_several_wrong_names_are_told_together(folder, capsys):
+    write_sets(folder, {"mine": SOUND})
+    assert run(folder, "its", "mine%0", "ours%5") == 2
+    said = capsys.readouterr().err
+    assert "its is not in" in said
+    assert "'mine%0'" in said
+    assert "ours is not in" in said
+
+
+# Videos
+
+
+@pytest.mark.parametrize(
+    ("frames", "seconds", "wanted"),
+    [
+        (100, 2.0, [0, 33, 66, 99]),  # two a second
+        (100, 1.0, [0, 33, 66, 99]),  # at least four
+        (1000, 60.0, [round(number * 999 / 7) for number in range(8)]),  # at most eight
+        (3, 60.0, [0, 1, 2]),  # never more than there are
+        (1, 0.0, [0]),
+    ],
+)
+def test_which_frames_are_taken(frames, seconds, wanted):
+    assert chosen(frames, seconds, FrameOptions()) == wanted
+
+
+def test_a_video_becomes_its_frames_where_its_tag_was(folder):
+    write_clip(folder / "pictures/clip.mp4", frames=30, rate=10.0, size=(84, 56))
+    question = "<image>\nLike this? <video>\nAnd <image>?"
+    write_sets(folder, {"mine": [row(0, question, image=["a.png", "b.png"], video="clip.mp4")]})
+    bounds = ("--video-min-pixels", "16*28*28", "--video-max-pixels", "64*28*28", "--video-fps", "1")
+    assert run(folder, "mine", *bounds, "--video-min-frames", "2") == 0
+    (found,) = rows_of(folder, "mine")
+    assert found["messages"][0]["content"] == "<image>\nLike this? <image><image><image>\nAnd <image>?"
+    images = [Image.open(io.BytesIO(image["bytes"])) for image in found["images"]]
+    assert [image.format for image in images] == ["PNG", "JPEG", "JPEG", "JPEG", "PNG"]
+    for image in images[1:4]:
+        assert image.width * image.height == pytest.approx(16 * 28 * 28, rel=0.02)
+        assert image.width / image.height == pytest.approx(84 / 56, rel=0.02)
+    reds = [image.convert("RGB").resize((1, 1)).getpixel((0, 0))[2] for image in images[1:4]]
+    assert reds == sorted(reds)
+    assert reds[2] - reds[0] > 150
+    manifest = Manifest.read(manifest_path(folder / "data", "mine"))
+    assert manifest.extra["frames of videos"] == 3
+
+
+@pytest.mark.parametrize("pair", [("--video-min-frames", "9"), ("--video-max-pixels", "28*28")])
+def test_bounds_that_cross_are_refused(folder, capsys, pair):
+    write_sets(folder, {"mine": SOUND})
+    assert run(folder, "mine", *pair) == 2
+    assert "expected no more than that" in capsys.readouterr().err
+
+
+def test_tags_are_counted_in_their_order():
+    messages = [{"role": "user", "content": "<video><image>"}, {"role": "assistant", "content": "x"}]
+    assert expanded(messages, [2, 1])[0]["content"] == "<image><image><image>"
+
+
+# Reading JSON in pieces
+
+
+TEXTS = [{"text": "x" * (number % 41), "more": [1, {"é": "]}, ["}]} for number in range(60)]
+
+
+@pytest.mark.parametrize("piece", [1, 7, 2**20])
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(TEXTS),
+        json.dumps(TEXTS, indent=1, ensure_ascii=False),
+        "\ufeff \n" + json.dumps(TEXTS),
+        "\n".join(map(json.dumps, TEXTS)),
+        "\n\n" + "\n \n".join(map(json.dumps, TEXTS)) + "\n",
+    ],
+)
+def test_rows_of_a_file_in_pieces(tmp_path, monkeypatch, piece, text):
+    monkeypatch.setattr(json_rows, "PIECE", piece)
+    (tmp_path / "rows").write_text(text, encoding="utf-8")
+    assert list(json_rows.rows(tmp_path / "rows")) == list(enumerate(TEXTS))
+
+
+@pytest.mark.parametrize("text", ["[", "[{}", "[{},", "[{} {}]", "[{}]x", '[{}, {"b"]', "{}\n{", "{} {}", "[{},]"])
+def test_what_is_no_json_is_an_error(tmp_path, text):
+    (tmp_path / "rows").write_text(text)
+    with pytest.raises(UserError, match=r"no JSON|expected one array"):
+        list(json_rows.rows(tmp_path / "rows"))
+
+
+def test_memory_does_not_grow_with_the_annotations(tmp_path):
+    def peak(rows: int) -> int:
+        text = json.dumps([row(0, "x" * 500)] * rows)
+        (tmp_path / "rows").write_text(text)
+        del text
+        tracemalloc.start()
+        assert sum(1 for _ in json_rows.rows(tmp_path / "rows")) == rows
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    size = os.path.getsize
+    small = peak(4_000), size(tmp_path / "rows")
+    large = peak(40_000), size(tmp_path / "rows")
+    assert large[1] > 9 * small[1]
+    assert large[0] < 1.2 * small[0]
+    assert large[0] < large[1] / 2
