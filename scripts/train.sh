@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Trains one stage, or all four in order, with the recipes of examples/train_qwen_merge.
+# Trains one stage, or all four in order, with the recipes of examples/train_qwen_merge; or any other recipe.
 #
 #   scripts/train.sh 4B 1                          one stage: 1, 2.1, 2.2 or 3
 #   scripts/train.sh 4B all                        every stage that is not finished, in order
 #   scripts/train.sh 8B 3 learning_rate=2.0e-5     key=value changes a value of the recipe
+#   scripts/train.sh examples/graft/graft_lora.yaml    one recipe
 #   REPORT_TO=none scripts/train.sh 4B 1           wandb (the recipes' choice), tensorboard or none
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 MASTER_PORT=29500 scripts/train.sh 4B 1     and NODE_RANK=1 on the other
 #
@@ -16,13 +17,20 @@ cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 say() { printf 'train: %s\n' "$*" >&2; }
 die() { say "$@"; exit 2; }
 
-usage="usage: scripts/train.sh <4B|8B> <1|2.1|2.2|3|all> [key=value ...]"
-case ${1:-} in -h | --help) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit ;; esac
-[ $# -ge 2 ] || die "$usage"
-size=$1 stage=$2
-shift 2
-case $size in 4B | 8B) ;; *) die "the size is '$size', not 4B or 8B. $usage" ;; esac
-case $stage in 1 | 2.1 | 2.2 | 3 | all) ;; *) die "the stage is '$stage', not 1, 2.1, 2.2, 3 or all. $usage" ;; esac
+usage="usage: scripts/train.sh <4B|8B> <1|2.1|2.2|3|all> [key=value ...], or scripts/train.sh <recipe.yaml> [key=value ...]"
+case ${1:-} in -h | --help) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit ;; esac
+given=
+if [[ ${1:-} == *.yaml ]]; then
+  given=$1 stage=
+  [ -f "$given" ] || die "there is no recipe '$given' in $PWD. $usage"
+  shift
+else
+  [ $# -ge 2 ] || die "$usage"
+  size=$1 stage=$2
+  shift 2
+  case $size in 4B | 8B) ;; *) die "the size is '$size', not 4B or 8B. $usage" ;; esac
+  case $stage in 1 | 2.1 | 2.2 | 3 | all) ;; *) die "the stage is '$stage', not 1, 2.1, 2.2, 3 or all. $usage" ;; esac
+fi
 
 overrides=()
 if [ -n "${REPORT_TO:-}" ]; then
@@ -69,6 +77,7 @@ value() {
 
 # Weights are written after config.json, an index after its shards, so together they mean a whole model.
 has_model() { [ -f "$1/config.json" ] && { [ -f "$1/model.safetensors" ] || [ -f "$1/model.safetensors.index.json" ]; }; }
+has_adapter() { [ -f "$1/adapter_config.json" ] && [ -f "$1/adapter_model.safetensors" ]; }
 
 made_by() {
   case $1 in
@@ -119,21 +128,33 @@ run() {
   return "$status"
 }
 
-# train STAGE
+# train RECIPE NAME [STAGE]
 train() {
-  local recipe=examples/train_qwen_merge/train_qwen_merge_vl_${size}_stage$1.yaml model output
+  local recipe=$1 name=$2 model output
   model=$(value model_name_or_path "$recipe")
   output=$(value output_dir "$recipe")
-  if [ -f "$output/train_results.json" ] && has_model "$output"; then
-    say "stage $1 is finished: $output (to train it again: output_dir=<another folder>)"
+  if [ -f "$output/train_results.json" ] && { has_model "$output" || has_adapter "$output"; }; then
+    say "$name is finished: $output (to train it again: output_dir=<another folder>)"
     return
   fi
-  has_model "$model" || die "stage $1 starts from '$model', which holds no model. Make it with: $(made_by "$1" "$model")"
+  if ! has_model "$model"; then
+    [ -z "${3:-}" ] || die "$name starts from '$model', which holds no model. Make it with: $(made_by "$3" "$model")"
+    # A name on the hub will do, too.
+    if [[ $model != */* || $model == outputs/* || $model == [./]* || -e $model ]]; then
+      die "$name starts from '$model', which holds no model. The recipe's first lines say what makes it."
+    fi
+  fi
   lock "$output"
   set_aside_half_checkpoints "$output"
-  say "stage $1: $model -> $output"
+  say "$name: $model -> $output"
   run llamafactory-cli train "$recipe" "${overrides[@]+"${overrides[@]}"}"
 }
 
+if [ -n "$given" ]; then
+  train "$given" "$(basename "$given" .yaml)"
+  exit
+fi
 case $stage in all) stages="1 2.1 2.2 3" ;; *) stages=$stage ;; esac
-for each in $stages; do train "$each"; done
+for each in $stages; do
+  train "examples/train_qwen_merge/train_qwen_merge_vl_${size}_stage$each.yaml" "stage $each" "$each"
+done

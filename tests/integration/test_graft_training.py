@@ -263,7 +263,7 @@ def parts(data: Path, folder: Path, **values):
         "model_name_or_path": str(folder), "trust_remote_code": True, "stage": "sft", "do_train": True,
         "finetuning_type": "full", "dataset_dir": str(data), "template": "qwen_merge_vl", "cutoff_len": 2000,
         "dataset": "mixed", "cache_dir": str(data / "cache"), "output_dir": str(data / "run"), "bf16": False,
-        "freeze_multi_modal_projector": False, **values,
+        "freeze_multi_modal_projector": False, "per_device_train_batch_size": 1, **values,
     }  # fmt: skip
     arguments, problems = check_recipe.parse(config)
     assert arguments is not None, problems

@@ -200,3 +200,41 @@ def test_a_signal_reaches_the_trainer_and_its_output_is_locked_meanwhile(checkou
         time.sleep(0.02)
     status = Path(f"/proc/{child.read_text().strip()}/status")
     assert not status.exists() or "Z (zombie)" in status.read_text(), "the trainer's own child lived on"
+
+
+GRAFT = "examples/graft/graft_lora.yaml"
+
+
+def test_any_recipe_is_trained(checkout):
+    model(checkout / "my-vlm-base")
+    assert train(checkout, GRAFT, "save_steps=7").returncode == 0
+    assert calls(checkout) == [f"train {GRAFT} save_steps=7"]
+    adapter = checkout / "outputs/my-vlm-lora"
+    for name in ("config.json", "model.safetensors.index.json"):  # a run by LoRA leaves an adapter
+        (adapter / name).unlink()
+    assert train(checkout, GRAFT).returncode == 0
+    assert len(calls(checkout)) == 2
+    for name in ("config.json", "model.safetensors.index.json"):
+        (adapter / name).unlink()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (adapter / name).touch()
+    done = train(checkout, GRAFT)
+    assert done.returncode == 0
+    assert "graft_lora is finished: outputs/my-vlm-lora" in done.stderr
+    assert len(calls(checkout)) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("examples/none.yaml",), "there is no recipe 'examples/none.yaml'"),
+        (("examples/graft/graft_full.yaml",), "graft_full starts from 'outputs/my-vlm-projector', which holds no model"),
+        ((GRAFT,), "graft_lora starts from 'my-vlm-base', which holds no model"),
+        ((GRAFT, "model_name_or_path=/nowhere"), "graft_lora starts from '/nowhere', which holds no model"),
+    ],
+)
+def test_a_recipe_that_cannot_start(checkout, arguments, message):
+    done = train(checkout, *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert calls(checkout) == []
