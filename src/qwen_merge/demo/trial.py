@@ -186,6 +186,11 @@ def main(argv: list[str]) -> int:
         raise UserError("usage: python -m qwen_merge.demo.trial ABLATION_FOLDER SEED")
     folder, seed = Path(argv[0]), int(argv[1])
     plan = Plan.load((folder / "plan.json").read_text())
+    if missing := [parent for parent in (plan.vlm, plan.llm) if not Path(parent, "config.json").is_file()]:
+        raise UserError.from_list(
+            "the parents of the grafts are gone; take another --output:",
+            [f"{path} holds no config.json" for path in missing],
+        )
     for variant in plan.variants:
         target = result_file(folder, variant, seed)
         if target.exists():
