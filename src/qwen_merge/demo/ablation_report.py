@@ -98,7 +98,7 @@ def described(content: dict[str, Any]) -> str:
 
 
 def draw(content: dict[str, Any]) -> bytes:
-    """Bars of right answers and of the loss, variant beside variant; lines from the lowest to the highest seed."""
+    """Bars of right answers and dots of the loss, variant beside variant; lines from the lowest to the highest seed."""
     import io
 
     from matplotlib.figure import Figure
@@ -108,21 +108,22 @@ def draw(content: dict[str, Any]) -> bytes:
     canvas = Figure(figsize=(2.6 + 1.25 * len(variants), 5.2), dpi=90, layout="constrained")
     right, loss = canvas.subplots(2, 1, sharex=True, height_ratios=(2, 1))
 
-    def bars(axes, values: list[list[float]], offset: float, width: float, **style) -> None:
+    def with_spread(values: list[list[float]], offset: float = 0) -> dict[str, Any]:
         means = [sum(row) / len(row) for row in values]
         below = [mean - min(row) for mean, row in zip(means, values, strict=True)]
         above = [max(row) - mean for mean, row in zip(means, values, strict=True)]
-        places = [place + offset for place in range(len(values))]
-        axes.bar(places, means, width, yerr=(below, above), error_kw={"elinewidth": 1, "capsize": 2}, **style)
+        return {"x": [place + offset for place in range(len(values))], "y": means, "yerr": (below, above)}
 
     width = 0.8 / len(topics)
     for index, topic in enumerate(topics):
         offset, colour = (index - (len(topics) - 1) / 2) * width, COLOURS.get(topic)
         shares = [[100 * run["accuracy"][topic] for run in variant["runs"]] for variant in variants]
-        bars(right, shares, offset, width * 0.95, color=colour, label=topic)
+        seen = with_spread(shares, offset)
+        right.bar(seen["x"], seen["y"], width * 0.95, color=colour, label=topic)
+        right.errorbar(**seen, fmt="none", ecolor="black", elinewidth=1, capsize=2)
         right.axhline(100 * content["chance"][topic], color=colour, linewidth=0.8, linestyle=":")
     losses = [[run["answer_loss"] for run in variant["runs"]] for variant in variants]
-    bars(loss, losses, 0, 0.4, color="#777777")
+    loss.errorbar(**with_spread(losses), fmt="o", color="#555555", elinewidth=1, capsize=3)
     right.set_ylabel("% right (dotted: chance)", fontsize=8)
     right.set_ylim(0, 104)
     right.legend(fontsize=7, ncols=len(topics), loc="lower center", bbox_to_anchor=(0.5, 1))

@@ -38,9 +38,9 @@ class Budget:
     asked: held-out questions on each topic.
     """
 
-    steps: tuple[int, int] = (300, 400)
+    steps: tuple[int, int] = (150, 250)
     seeds: int = 2
-    rows: tuple[int, int] = (3000, 4000)
+    rows: tuple[int, int] = (2400, 3200)
     asked: Mapping[str, int] = field(default_factory=lambda: {"colour": 200, "shape": 200, "number": 200})
 
 
