@@ -12,7 +12,8 @@ and no download; about a quarter of an hour on two cores. OUTPUT/report.html sho
 Leaves with 1 when what was learned misses the goals, and says which.
 
 --ablate NAME makes several grafts of the same two checkpoints instead, trains each with the same data and steps, and
-compares them in OUTPUT/ablations/NAME: table.md, plot.png, results.json. What an output already has is used again:
+compares them in OUTPUT/ablations/NAME: table.md, plot.png, results.json. With --resume, what an output already has is
+used again, checkpoints and results:
 
 {ablations}
 """

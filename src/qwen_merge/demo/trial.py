@@ -76,15 +76,15 @@ def settings(
 
 def train(stage: Stage, values: dict[str, Any]) -> Path:
     """One stage, unless it was finished before. Returns its checkpoint."""
+    output = Path(values["output_dir"])
+    if (output / FINISHED).is_file():
+        return output
     from llamafactory.train.tuner import run_exp
     from omegaconf import OmegaConf
 
-    output = Path(values["output_dir"])
-    if not (output / FINISHED).is_file():
-        shutil.rmtree(output, ignore_errors=True)
-        recipe = OmegaConf.load(stage.recipe)
-        words = OmegaConf.from_dotlist([f"{key}={value}" for key, value in values.items()])
-        run_exp(OmegaConf.to_container(OmegaConf.merge(recipe, words)))
+    shutil.rmtree(output, ignore_errors=True)
+    words = OmegaConf.from_dotlist([f"{key}={value}" for key, value in values.items()])
+    run_exp(OmegaConf.to_container(OmegaConf.merge(OmegaConf.load(stage.recipe), words)))
     return output
 
 
