@@ -10,8 +10,9 @@ import json
 import random
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from PIL import Image
@@ -35,13 +36,13 @@ assert set(ASKED) == set(CHANCE)
 class Exam:
     """The held-out pictures, the questions about them and the true answers; the same for every checkpoint."""
 
-    def __init__(self, seed: int = 0):
-        stream = Stream("held-out exam", seed)
+    def __init__(self, seed: int = 0, asked: Mapping[str, int] = MappingProxyType(ASKED)):
+        stream, self.topics = Stream("held-out exam", seed), tuple(asked)
         self.scenes: list[Scene] = []
         self.pictures: list[Image.Image] = []
         self.questions: list[Question] = []
         self.answers: list[tuple[str, str]] = []  # (bare, with the thought)
-        for topic, count in ASKED.items():
+        for topic, count in asked.items():
             for _ in range(count):
                 scene = stream.scene(KIND_OF_TOPIC.get(topic, topic))
                 spoken = exchange(scene, topic, stream.random)
@@ -53,7 +54,7 @@ class Exam:
     def shuffled(self, seed: int = 0) -> list[int]:
         """For each question a picture of another one of its topic: what can be guessed without looking stays."""
         order = list(range(len(self.questions)))
-        for topic in ASKED:
+        for topic in self.topics:
             places = [i for i, question in enumerate(self.questions) if question.topic == topic]
             mixed = places[:]
             random.Random(f"shuffled/{topic}/{seed}").shuffle(mixed)
@@ -128,16 +129,19 @@ def parts(count: int) -> Iterator[slice]:
     return (slice(start, start + BATCH) for start in range(0, count, BATCH))
 
 
-def evaluate(checkpoint: Path, form: str, seed: int = 0) -> dict:
-    """Losses, accuracy for each topic, the shuffled control, and a few questions with their answers."""
-    exam, examinee = Exam(seed), Examinee(checkpoint, form)
+def evaluate(checkpoint: Path, form: str, seed: int = 0, asked: Mapping[str, int] = MappingProxyType(ASKED)) -> dict:
+    """Losses, accuracy for each topic, the shuffled control, and a few questions with their answers.
+
+    asked: how many questions on each topic.
+    """
+    exam, examinee = Exam(seed, asked), Examinee(checkpoint, form)
     texts = [question.text for question in exam.questions]
     replies = [answer[form == "chat"] for answer in exam.answers]
     answers = examinee.answers(texts, exam.pictures)
     control = examinee.answers(texts, [exam.pictures[i] for i in exam.shuffled(seed)])
     captions = [caption(scene) for scene in exam.scenes]
     requests = [CAPTION_REQUESTS[i % len(CAPTION_REQUESTS)] for i in range(len(captions))]
-    examples, shown = [], dict.fromkeys(ASKED, 0)
+    examples, shown = [], dict.fromkeys(exam.topics, 0)
     for question, text in zip(exam.questions, answers, strict=True):
         if shown[question.topic] < EXAMPLES_OF_EACH_TOPIC:
             shown[question.topic] += 1

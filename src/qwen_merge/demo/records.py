@@ -10,8 +10,9 @@ file), one folder a set, and a `dataset_info.json` whose entries are the kit's o
 import json
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from qwen_merge.demo.language import (
     CAPTION_REQUESTS,
@@ -110,8 +111,16 @@ def rows_of(name: str, count: int, seed: int = 0) -> list[dict]:
     return rows
 
 
-def write(folder: Path, dataset_info: Path, names: list[str], seed: int = 0) -> int:
+def write(
+    folder: Path,
+    dataset_info: Path,
+    names: list[str],
+    seed: int = 0,
+    counts: Mapping[str, int] = MappingProxyType(ROWS),
+) -> int:
     """Write the sets `names` and a dataset_info.json to `folder`; returns the number of rows.
+
+    counts: rows of a set; those that are not in it have `ROWS_OF_EACH_ONEVISION_SET`.
 
     Raises:
         UserError: a recipe names a set that the kit's dataset_info.json lacks.
@@ -127,7 +136,7 @@ def write(folder: Path, dataset_info: Path, names: list[str], seed: int = 0) -> 
     )
     total = 0
     for name in names:
-        rows = rows_of(name, ROWS.get(name, ROWS_OF_EACH_ONEVISION_SET), seed)
+        rows = rows_of(name, counts.get(name, ROWS_OF_EACH_ONEVISION_SET), seed)
         target = folder / known[name]["file_name"]
         target.mkdir(parents=True, exist_ok=True)
         Dataset.from_list(rows, features=features).to_parquet(target / "part-00000.parquet")

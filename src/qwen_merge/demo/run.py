@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -143,13 +143,17 @@ class Demo:
             print(f"goal missed: {problem}", file=sys.stderr)
         return 1 if missed else 0
 
-    def _make(self, lanes: ThreadPoolExecutor) -> None:
-        seed = str(self.seed)
+    def parents(self, lanes: ThreadPoolExecutor) -> list[Future]:
+        """Make the two checkpoints that a graft is made of, `checkpoint("vlm")` and `checkpoint("llm")`."""
         parents = {"vlm": "tiny VLM: captions pictures", "llm": "tiny LLM: learns the world in words"}
         jobs = []
         for name, title in parents.items():
-            work = partial(self.python, name, "checkpoints", name, self.checkpoint(name), seed)
+            work = partial(self.python, name, "checkpoints", name, self.checkpoint(name), str(self.seed))
             jobs.append(lanes.submit(self.step, name, title, work))
+        return jobs
+
+    def _make(self, lanes: ThreadPoolExecutor) -> None:
+        seed, jobs = str(self.seed), self.parents(lanes)
         work = partial(self.python, "data", "records", self.output / "data", seed)
         jobs.append(lanes.submit(self.step, "data", "data sets", work))
         work = partial(self.python, "tables", "tables", self.output / "tables", seed)
@@ -247,11 +251,11 @@ def wait(jobs: list[Future]) -> None:
         raise failures[0]
 
 
-def check_overlays() -> None:
+def check_overlays(upstreams: Iterable[str] = ("transformers", "llamafactory", "vlmevalkit")) -> None:
     """The stages need a LLaMA-Factory that knows the architecture; better said now than after minutes."""
     from qwen_merge.overlays import engine, manifest
 
-    for upstream in ("transformers", "llamafactory", "vlmevalkit"):
+    for upstream in upstreams:
         files = engine.plan(manifest.load(upstream), manifest.find_package(upstream, None))
         if {file.state for file in files} != {engine.State.APPLIED}:
             raise UserError(f"the overlay for {upstream} is not applied here; run: qwen-merge overlay apply")
