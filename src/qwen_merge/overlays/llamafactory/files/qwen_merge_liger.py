@@ -51,7 +51,8 @@ def _apply_to_graft(
 
     global _fused_loss
     _apply_to_towers(llm, rope, rms_norm, swiglu)
-    _fused_loss = LigerFusedLinearCrossEntropyLoss() if fused_linear_cross_entropy else None
+    # Its method: as a module it would be one of the head's, behind the class's own None.
+    _fused_loss = LigerFusedLinearCrossEntropyLoss().forward if fused_linear_cross_entropy else None
 
 
 def use_fused_loss(model: "PreTrainedModel") -> None:
