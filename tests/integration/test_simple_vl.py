@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import grafts
 from qwen_merge import cli
 from qwen_merge.architecture.modeling_qwen2_5_vl_merge import disk_name
-from serving import Server, data_url, png, said
+from serving import Server, data_url, decoded, png, said
 from training import REPOSITORY
 
 pytestmark = pytest.mark.slow
@@ -146,15 +146,6 @@ def changed(before: Path, after: Path) -> tuple[set[str], set[str]]:
     return {name for name in first if not torch.equal(first[name], second[name])}, set(first)
 
 
-def test_the_recipe_is_the_published_one():
-    recipe = yaml.safe_load((REPOSITORY / "examples/simple_vl/graft.yaml").read_text())
-    stock = yaml.safe_load((REPOSITORY / "examples/simple_vl/graft_stock.yaml").read_text())
-    assert recipe["vision"] == {"source": "Qwen/Qwen2.5-VL-7B-Instruct", "max_pixels": 1003520}
-    assert recipe["llm"] == {"source": "Qwen/Qwen3-8B"}
-    assert recipe["projector"] == {"kind": "patch_merger"}
-    assert {**recipe, "architecture": "qwen2_5_vl", "output": stock["output"]} == stock
-
-
 def test_stage_1_changes_the_aligner_and_nothing_else(base, stage1):
     different, names = changed(base, stage1)
     assert different == {name for name in names if name.startswith("projector.")}
@@ -224,8 +215,6 @@ def test_the_stock_graft_is_served_without_vllm(folder, environment):
     prompt = (
         "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>What is it?<|im_end|>\n<|im_start|>assistant\n"
     )
-    from serving import decoded
-
     inputs = processor(text=[prompt], images=[decoded(picture)], return_tensors="pt")
     generated = model.generate(**inputs, max_new_tokens=6, do_sample=False)
     length = inputs["input_ids"].shape[1]

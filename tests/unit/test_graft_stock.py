@@ -1,5 +1,6 @@
 """The compatibility graft: it is stock Qwen2.5-VL, what it leaves out is measured, and what does not fit is told."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -21,7 +22,9 @@ from qwen_merge import cli
 from qwen_merge.architecture import register
 from qwen_merge.errors import UserError
 from qwen_merge.graft import measure
+from qwen_merge.graft.recipe import read
 from qwen_merge.merger.sources import open_source
+from training import REPOSITORY
 
 PROMPT = "<|vision_start|><|image_pad|><|vision_end|>What is it?"
 HIDDEN = 128  # four heads of 32 fill it, as in Qwen3-8B
@@ -190,3 +193,12 @@ def test_what_it_cannot_hold_is_refused_at_once(sources, tmp_path, capsys):
     file.write_text(file.read_text().replace("qwen2_5_vl\n", "llava\n"))
     assert cli.main(["graft", str(file)]) == 2
     assert "architecture is 'llava'; expected one of qwen_merge_graft, qwen2_5_vl" in capsys.readouterr().err
+
+
+def test_simple_vls_own_files_can_be_read():
+    """Both are the same graft; one is under the stock architecture."""
+    own, stock = (read(REPOSITORY / f"examples/simple_vl/{name}.yaml") for name in ("graft", "graft_stock"))
+    assert (own.vision.source, own.llm.source) == ("Qwen/Qwen2.5-VL-7B-Instruct", "Qwen/Qwen3-8B")
+    assert own.projector == {"kind": "patch_merger"}
+    assert own.vision.max_pixels == 1003520
+    assert dataclasses.replace(own, architecture="qwen2_5_vl", output=stock.output) == stock
