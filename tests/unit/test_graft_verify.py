@@ -5,6 +5,7 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
+from grafts import HAS_QWEN3_VL
 from qwen_merge import cli
 
 
@@ -15,6 +16,8 @@ from qwen_merge import cli
         ("qwen2_vl", "linear", "qwen2", "1d"),
         ("dinov2", "resampler", "qwen2", "mrope"),
         ("qwen2_5_vl", "extended", "qwen3_moe", "mrope"),
+        ("siglip2", "linear", "qwen3", "mrope"),
+        *HAS_QWEN3_VL * [("qwen3_vl", "extended", "qwen3", "mrope")],
     ],
     ids="-".join,
 )

@@ -14,7 +14,7 @@ from qwen_merge.graft.towers import tower_for
 from qwen_merge.merger.companions import Companions
 from qwen_merge.merger.initialise import initial_bytes
 from qwen_merge.merger.merge import Prepared
-from qwen_merge.merger.plan import MergePlan
+from qwen_merge.merger.plan import MergePlan, NewRows
 from qwen_merge.merger.safetensors_file import StoredTensor
 from qwen_merge.merger.sources import Source
 from qwen_merge.merger.verify import (
@@ -51,29 +51,41 @@ def verify(merged: Source, *, vlm: str | None, llm: str | None, revision: str | 
         return results.conclude(merged.directory)
     try:
         config = QwenMergeGraftConfig.from_pretrained(merged.directory)
-        ready = Prepared(vision, language, Companions({}, [], {}, []), _plan(vision, language, config))
+        plan, drawn = _plan(vision, language, config, manifest)
+        ready = Prepared(vision, language, Companions({}, [], {}, []), plan)
     except (UserError, ValueError, TypeError, KeyError) as error:
         results.add(FAIL, "tensors", f"these sources do not make this checkpoint: {error}")
         return results.conclude(merged.directory)
     stored = {name: tensor for name, tensor in merged.read_tensors().items() if tensor is not None}
-    _check_names(stored, ready.plan, results)
+    _check_names(stored, plan, results)
+    plan.tensors[:] = [tensor for tensor in plan.tensors if tensor.name not in drawn]
     check_copied(merged, stored, ready, "vlm", "copied from VLM", results)
     check_copied(merged, stored, ready, "llm", "copied from LLM", results)
-    _check_new(merged, stored, ready.plan, manifest, results)
+    _check_new(merged, stored, plan, manifest, results)
+    if drawn:
+        results.add(NOT_CHECKED, "new rows", f"{', '.join(drawn)}: some rows are drawn, about the mean of the others")
     if not forward or results.count(FAIL):
         for check in CHECKS[-2:]:
             results.add(NOT_CHECKED, check, "an earlier check failed" if results.count(FAIL) else "--no-forward")
     else:
-        _check_forward(merged, vision, language, config, results)
+        _check_forward(merged, vision, language, config, bool(drawn), results)
     return results.conclude(merged.directory)
 
 
-def _plan(vision: Source, language: Source, config) -> MergePlan:
+def _plan(vision: Source, language: Source, config, manifest: Mapping) -> tuple[MergePlan, list[str]]:
+    """The plan made anew, and the names of copied tensors of which some rows are drawn."""
     vision_config, llm_config = vision.read_json("config.json"), language.read_json("config.json")
     tower = tower_for(vision_config.get("model_type"))
     if tower is None or tower.kind != config.vision_config.model_type:
         raise UserError(f"{vision.directory} has model_type {vision_config.get('model_type')!r}")
-    return planning.graft_plan(planning.Sources(vision, vision_config, tower, language, llm_config), config)
+    lengths = {name: tensor.shape[0] for name, tensor in language.read_tensors().items() if tensor and tensor.shape}
+    rows = {}
+    for name, numbers in manifest.get("tensors", {}).get("new_rows", {}).items():
+        end = name.removeprefix("model.")  # as its LLM's checkpoint spells it
+        copied = next(length for source_name, length in lengths.items() if source_name.endswith(end))
+        rows[name] = NewRows(tuple(numbers), min(*numbers, copied), copied)
+    sources = planning.Sources(vision, vision_config, tower, language, llm_config)
+    return planning.graft_plan(sources, config, rows), list(rows)
 
 
 def _check_names(stored: Mapping[str, StoredTensor], plan: MergePlan, results: Results) -> None:
@@ -106,22 +118,25 @@ def _check_new(
 
 
 @torch.no_grad()
-def _check_forward(merged: Source, vision: Source, language: Source, config: Any, results: Results) -> None:
+def _check_forward(
+    merged: Source, vision: Source, language: Source, config: Any, longer: bool, results: Results
+) -> None:
     """Both models of a pair are loaded one after the other, in the checkpoint's dtype."""
-    from transformers import AutoModelForCausalLM
-
     from qwen_merge.architecture.modeling_qwen_merge_graft import QwenMergeGraftForConditionalGeneration
     from qwen_merge.architecture.projectors_qwen_merge_graft import in_units
     from qwen_merge.architecture.towers_qwen_merge_graft import features_of
 
-    logits = text_logits(QwenMergeGraftForConditionalGeneration, merged.directory)
-    plain = text_logits(AutoModelForCausalLM, local_directory(language), dtype=logits.dtype)
-    results.judge("text logits", *difference(logits, plain, "logits of a text"))
+    if longer:
+        results.add(NOT_CHECKED, "text logits", "the vocabulary has new rows")
+    else:
+        logits = text_logits(QwenMergeGraftForConditionalGeneration, merged.directory)
+        plain = text_logits(_class_of_the_llm(language), local_directory(language), dtype=logits.dtype)
+        results.judge("text logits", *difference(logits, plain, "logits of a text"))
 
     with quiet():
         model = QwenMergeGraftForConditionalGeneration.from_pretrained(merged.directory, torch_dtype="auto").eval()
     tower, side = model.model.visual, config.vision_config.patch_size
-    rows = 4 if config.is_native else config.vision_config.image_size // side
+    rows = getattr(config.vision_config, "image_size", 4 * side) // side
     grids = [(1, rows, rows)] * 2
     channels = 3 if config.is_native else config.vision_config.num_channels
     drawn = torch.Generator().manual_seed(0)
@@ -134,10 +149,18 @@ def _check_forward(merged: Source, vision: Source, language: Source, config: Any
         inputs: list[torch.Tensor] = []
         own.merger.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
         own(in_units(patches, grids, unit), grid_thw=torch.tensor(grids))
-        plain, features = inputs[0].flatten(0, -2), in_units(features, grids, unit)
+        plain = inputs[0].flatten(0, -2)
+        features = in_units(features[:, : plain.shape[-1]], grids, unit)  # without DeepStack's levels
     else:
         plain = _own_features(vision, patches, rows, config)
     results.judge("vision features", *difference(features, plain, "features of two pictures"))
+
+
+def _class_of_the_llm(language: Source):
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    of_a_vlm = "text_config" in language.read_json("config.json")
+    return AutoModelForImageTextToText if of_a_vlm else AutoModelForCausalLM
 
 
 def _own_vlm(vision: Source, dtype: torch.dtype):
@@ -153,13 +176,16 @@ def _own_features(vision: Source, patches: torch.Tensor, rows: int, config: Any)
     """Of square pictures, (patches, width): what the tower's own checkpoint gives behind its class tokens."""
     from transformers import AutoModel
 
+    from qwen_merge.architecture.towers_qwen_merge_graft import _arguments
+
     with quiet():
         own = AutoModel.from_pretrained(local_directory(vision), torch_dtype=patches.dtype).eval()
     own = getattr(own, "vision_model", own)
     side = config.vision_config.patch_size
-    squares = patches.unflatten(0, (-1, rows, rows)).unflatten(3, (-1, side, side))
-    pixels = squares.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
-    output = own(pixel_values=pixels, output_hidden_states=True)
+    squares = patches.unflatten(1, (-1, side, side)).unflatten(0, (-1, rows**2))
+    arguments = _arguments(config.vision_config, squares, rows, rows)
+    own_names = {"pixel_attention_mask": "attention_mask"}  # SigLIP 2's, below the model that AutoModel gives
+    output = own(**{own_names.get(name, name): value for name, value in arguments.items()}, output_hidden_states=True)
     layer = config.vision_feature_layer
     states = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
     return states[:, -(rows**2) :].flatten(0, 1)
