@@ -42,9 +42,9 @@ tasks=("$@")
 
 # --- what can be wrong, before anything is loaded ---
 [ -f "$model/config.json" ] || die "no model in $model: it has no config.json. Expected a checkpoint folder."
-grep -q '"model_type": *"qwen2_5_vl_merge"' "$model/config.json" ||
+grep -qE '"model_type": *"(qwen2_5_vl_merge|qwen_merge_graft)"' "$model/config.json" ||
   die "$model is of $(grep -m 1 -o '"model_type": *"[^"]*"' "$model/config.json" || echo 'no model_type')," \
-    'not of "model_type": "qwen2_5_vl_merge". Evaluate other models with VLMEvalKit itself.'
+    'not of "model_type": "qwen2_5_vl_merge" or "qwen_merge_graft". Evaluate other models with VLMEvalKit itself.'
 
 gpu=no
 if nvidia-smi -L >/dev/null 2>&1; then gpu=yes; fi

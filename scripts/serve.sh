@@ -27,7 +27,8 @@ shift
 [ -d "$model" ] || die "$model is not a folder. Give a checkpoint: the output_dir of a stage, or a merged base."
 [ -f "$model/config.json" ] || die "$model has no config.json, so it is no checkpoint. While a stage is being trained," \
   "serve one of its checkpoint-N folders."
-grep -q '"qwen2_5_vl_merge"' "$model/config.json" || die "the model_type in $model/config.json is not qwen2_5_vl_merge." \
+grep -qE '"(qwen2_5_vl_merge|qwen_merge_graft)"' "$model/config.json" ||
+  die "the model_type in $model/config.json is not qwen2_5_vl_merge or qwen_merge_graft." \
   "For other models use vllm serve itself."
 
 # .venv is taken unasked; .venv-current where it was activated.

@@ -16,12 +16,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
-    """On another stack than the first: leave out what needs the first, and say why (tests/stacks.py)."""
+    """Leave out what needs the other stack, and say why (tests/stacks.py)."""
     from stacks import reason_to_skip
 
     for item in items:
         if reason := reason_to_skip(item.nodeid):
-            item.add_marker(pytest.mark.skip(reason=f"first stack only: {reason}"))
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)
@@ -68,31 +68,14 @@ def untied(tmp_path_factory) -> Sources:
 
 
 @pytest.fixture(scope="session")
-def sources(tmp_path_factory) -> Path:
-    """A folder for each tower and LLM, by its name."""
-    import grafts
+def graft(tmp_path_factory):
+    """Makes a graft once a session: (tower, projector, LLM, positions) -> its folder."""
+    from grafts import Grafts
 
-    folder = tmp_path_factory.mktemp("grafts")
-    for kind in grafts.TOWERS:
-        grafts.make_tower(folder / kind, kind)
-    for number, kind in enumerate(grafts.LLMS):
-        grafts.make_language_model(folder / kind, kind, tied=number == 0)
-    return folder
+    return Grafts(tmp_path_factory.mktemp("grafts"))
 
 
 @pytest.fixture(scope="session")
-def graft(sources):
-    """Makes a graft once a session: (tower, projector, LLM, positions) -> its folder."""
-    import grafts
-    from qwen_merge import cli
-
-    def make(tower: str, projector: str, llm: str, positions: str) -> Path:
-        output = sources / "-".join((tower, projector, llm, positions))
-        if not output.exists():
-            file = grafts.write_recipe(
-                sources / "graft.yaml", sources / tower, projector, sources / llm, output, positions=positions
-            )
-            assert cli.main(["graft", str(file)]) == 0
-        return output
-
-    return make
+def sources(graft) -> Path:
+    """A folder for each tower and LLM, by its name."""
+    return graft.folder

@@ -2,9 +2,11 @@
 
 vision = make_tower(tmp_path / "siglip", "siglip")
 llm = make_language_model(tmp_path / "moe", "qwen3_moe")
+checkpoint = Grafts(tmp_path)("siglip", "mlp", "qwen3_moe", "mrope")
 """
 
 import json
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,14 @@ from checkpoints import (
     make_llm,
     make_tokenizer,
     make_vlm,
+    random_weights,
     save_weights,
     write_json,
 )
 
 HAS_QWEN3_VL = find_spec("transformers.models.qwen3_vl") is not None  # from 4.57 on; its decoder alone is a Qwen3's
-TOWERS = ("qwen2_5_vl", "qwen2_vl", "clip", "siglip", "dinov2", "dinov2_with_registers") + ("qwen3_vl",) * HAS_QWEN3_VL
+TOWERS = ("qwen2_5_vl", "qwen2_vl", "clip", "siglip", "siglip2", "dinov2", "dinov2_with_registers")
+TOWERS += ("qwen3_vl",) * HAS_QWEN3_VL
 LLMS = ("qwen3", "qwen3_moe", "qwen2", "qwen3_vl")
 PROJECTORS: dict[str, dict[str, Any]] = {
     "own": {},
@@ -34,6 +38,7 @@ PROJECTORS: dict[str, dict[str, Any]] = {
     "mlp": {"merge_size": 2},
     "resampler": {"queries": 16, "heads": 2},
 }
+PROMPT = "<|vision_start|><|image_pad|><|vision_end|>What is it?"
 SIZE = 56  # pixels on the side of a picture, for towers that take one size
 _VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 14, "image_size": SIZE}
 _TEXT = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20}
@@ -50,6 +55,7 @@ PREPROCESSORS: dict[str, dict[str, Any]] = {
         "image_processor_type": "SiglipImageProcessor",
         "size": {"height": SIZE + LEFT_OVER, "width": SIZE + LEFT_OVER},
     },
+    "siglip2": {"image_processor_type": "Siglip2ImageProcessorFast", "patch_size": 14, "max_num_patches": 16},
     "qwen3_vl": {
         "image_processor_type": "Qwen2VLImageProcessorFast",
         "size": {"shortest_edge": 32 * 32, "longest_edge": 16777216},
@@ -89,13 +95,15 @@ def make_tower(folder: Path, kind: str, dtype: str = "float32") -> Path:
         vision = {"depth": 2, "embed_dim": 32, "hidden_size": 48, "num_heads": 2, "mlp_ratio": 2}
         text = {name: VLM_CONFIG[name] for name in ("intermediate_size", "num_hidden_layers", "vocab_size")}
         text |= {"hidden_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1}
+        text |= {name: VLM_CONFIG[name] for name in VLM_CONFIG if name.endswith("token_id")}
         text["rope_scaling"] = {"type": "mrope", "mrope_section": [4, 4, 4]}
         config = transformers.Qwen2VLConfig(**text, vision_config=vision, tie_word_embeddings=False)
         model = transformers.Qwen2VLForConditionalGeneration(config)
         preprocessor = {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 14, "merge_size": 2}
-    elif kind in ("clip", "siglip"):
-        name = {"clip": "CLIP", "siglip": "Siglip"}[kind]
-        vision, text = {**_VIT, "intermediate_size": 48}, {**_TEXT, "projection_dim": 16}
+    elif kind in ("clip", "siglip", "siglip2"):
+        name = {"clip": "CLIP", "siglip": "Siglip", "siglip2": "Siglip2"}[kind]
+        vision, text = {**_VIT, "intermediate_size": 48}, {**_TEXT, "projection_dim": 16, "projection_size": 16}
+        vision["num_patches"] = 16
         vision["image_size"] = SIZE + (LEFT_OVER if kind == "siglip" else 0)
         config = getattr(transformers, f"{name}Config")(vision_config=vision, text_config=text)
         model = getattr(transformers, f"{name}Model")(config)
@@ -124,8 +132,9 @@ def make_language_model(folder: Path, kind: str, tied: bool = False, dtype: str 
         model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**shared, **experts))
     else:
         del shared["head_dim"], shared["attention_bias"]
+        shared |= {"num_attention_heads": 2, "num_key_value_heads": 1}  # heads of 32: vLLM has no kernel for smaller
         model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**shared))
-    draw(model, seed=7)
+    model.load_state_dict(random_weights(model, "float32", seed=7))
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     make_tokenizer(folder)
     return folder
@@ -205,3 +214,80 @@ def write_recipe(path: Path, tower: Path, kind: str, language_model: Path, outpu
     }
     path.write_text(yaml.safe_dump(content), encoding="utf-8")
     return path
+
+
+class Grafts:
+    """Tiny grafts, each made once: a folder with their sources, named by their kinds."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        for kind in TOWERS:
+            if not (folder / kind).exists():
+                make_tower(folder / kind, kind)
+        for number, kind in enumerate(LLMS):
+            if not (folder / kind).exists():
+                make_language_model(folder / kind, kind, tied=number == 0)
+
+    def __call__(self, tower: str, projector: str, llm: str, positions: str, name: str = "", **values: Any) -> Path:
+        """Its checkpoint. name: tells it from others of these kinds; values: more of the recipe.
+
+        Raises:
+            UserError: there is no such graft.
+        """
+        from qwen_merge.graft.make import make
+        from qwen_merge.graft.recipe import read
+
+        output = self.folder / "-".join(filter(None, (tower, projector, llm, positions, name)))
+        if not output.exists():
+            file = self.folder / f"{output.name}.yaml"
+            sources = (self.folder / tower, projector, self.folder / llm)
+            make(read(write_recipe(file, *sources, output, positions=positions, **values)))
+        return output
+
+
+def with_projector(checkpoint: Path, target: Path, seed: int) -> Path:
+    """A copy whose projector is drawn wide, so that each picture changes what the LLM says, and by `seed`."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(checkpoint, target)
+    weights = load_file(target / "model.safetensors")
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in weights.items():
+        if name.startswith("projector.") and weight.ndim > 1:
+            noise = torch.randn(weight.shape, generator=generator)
+            weights[name] = (2 * noise * weight[0].numel() ** -0.5).to(weight.dtype)
+    save_file(weights, target / "model.safetensors", {"format": "pt"})
+    return target
+
+
+def pictures(*sizes: tuple[int, int]) -> list:
+    """Noise of these (width, height)."""
+    import numpy as np
+    from PIL import Image
+
+    dice = np.random.default_rng(0)
+    return [Image.fromarray(dice.integers(0, 256, (height, width, 3), np.uint8)) for width, height in sizes]
+
+
+def losses_alone_and_packed(model, processor) -> tuple[float, float, float]:
+    """The loss of three samples one by one, in one row, and in one row without saying where they begin."""
+    samples = []
+    for number, text in enumerate((PROMPT, "Hello there.", PROMPT + PROMPT)):
+        images = pictures(*[(56, 56)] * text.count("<|image_pad|>")) or None
+        inputs = processor(text=[text], images=images, return_tensors="pt")
+        labels = inputs["input_ids"].masked_fill(inputs["input_ids"] >= 320, -100)
+        labels[:, 0] = -100
+        positions, _ = model.model.get_rope_index(inputs["input_ids"], inputs.get("image_grid_thw"), None, None, None)
+        pixels = {
+            name: inputs[name] + number * ("pixel" in name) for name in inputs if "pixel" in name or "grid" in name
+        }
+        samples.append({"input_ids": inputs["input_ids"], "labels": labels, "position_ids": positions, **pixels})
+    counts = [int((sample["labels"] != -100).sum()) for sample in samples]
+    losses = [model(**sample).loss for sample in samples]
+    alone = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
+    ends = torch.tensor([0, *[sample["input_ids"].shape[1] for sample in samples]]).cumsum(0).int()
+    row = {name: torch.cat([s[name] for s in samples], -1) for name in ("input_ids", "labels", "position_ids")}
+    row |= {name: torch.cat([s[name] for s in samples if name in s]) for name in ("pixel_values", "image_grid_thw")}
+    longest = int(ends.diff().max())
+    offsets = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+    return alone.item(), model(**row, **offsets).loss.item(), model(**row).loss.item()

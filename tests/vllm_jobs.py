@@ -4,7 +4,8 @@
 
 A job is {"name", "model", "engine": keyword arguments of LLM, "rounds": [[request, …], …]}; a request is
 {"prompt", "images": [files], "videos": [.npy files], "lora": folder}. The requests of a round are one batch. The
-answer to a request is {"tokens": [ids], "prompt_tokens": n, "cached": n}. vLLM stays out of the tests' own process: it
+answer to a request is {"tokens": [ids], "prompt_tokens": n, "cached": n}; a job with "may_fail": true has {"error": …}
+instead of rounds when it fails, and the next ones go on. vLLM stays out of the tests' own process: it
 changes PyTorch's settings for good.
 """
 
@@ -18,40 +19,45 @@ def main(jobs_file: str, answers_file: str) -> None:
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    answers = {}
+    answers: dict = {}
     for job in json.loads(Path(jobs_file).read_text()):
-        engine = LLM(
-            job["model"],
-            **{
-                "dtype": "float32",
-                "max_model_len": 1024,
-                "block_size": 16,
-                "limit_mm_per_prompt": {"image": 2, "video": 1},
-                **job.get("engine", {}),
-            },
-        )
-        answers[job["name"]] = rounds = []
-        for requests in job["rounds"]:
-            outputs = engine.generate(
-                [_prompt(request) for request in requests],
-                SamplingParams(temperature=0, max_tokens=16, ignore_eos=True),
-                lora_request=_lora(requests),
-                use_tqdm=False,
-            )
-            rounds.append(
-                [
-                    {
-                        "tokens": list(output.outputs[0].token_ids),
-                        "prompt_tokens": len(output.prompt_token_ids),
-                        "cached": output.num_cached_tokens,
-                    }
-                    for output in outputs
-                ]
-            )
-        del engine
+        try:
+            answers[job["name"]] = _run(job, LLM, SamplingParams(temperature=0, max_tokens=16, ignore_eos=True))
+        except Exception as error:
+            if not job.get("may_fail"):
+                raise
+            answers[job["name"]] = {"error": f"{type(error).__name__}: {error}"}
         gc.collect()
         cleanup_dist_env_and_memory()
     Path(answers_file).write_text(json.dumps(answers))
+
+
+def _run(job: dict, make_engine, sampling) -> list[list[dict]]:
+    engine = make_engine(
+        job["model"],
+        **{
+            "dtype": "float32",
+            "max_model_len": 1024,
+            "block_size": 16,
+            "limit_mm_per_prompt": {"image": 2, "video": 1},
+            **job.get("engine", {}),
+        },
+    )
+    rounds = []
+    for requests in job["rounds"]:
+        prompts = [_prompt(request) for request in requests]
+        outputs = engine.generate(prompts, sampling, lora_request=_lora(requests), use_tqdm=False)
+        rounds.append(
+            [
+                {
+                    "tokens": list(output.outputs[0].token_ids),
+                    "prompt_tokens": len(output.prompt_token_ids),
+                    "cached": output.num_cached_tokens,
+                }
+                for output in outputs
+            ]
+        )
+    return rounds
 
 
 def _prompt(request: dict) -> dict:

@@ -7,6 +7,7 @@ import json
 import shutil
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import grafts
+import record_sets
 from checkpoints import write_json
 from qwen_merge import cli
 from qwen_merge.data import check_recipe
@@ -383,14 +385,26 @@ def test_a_launch_with_deepspeed_keeps_the_rates_of_the_parts(graft, data, tmp_p
     """`llamafactory-cli train` as a user types it, ZeRO-2, packed, the checkpoint's own code."""
     zero2 = json.loads((REPOSITORY / "examples/deepspeed/ds_z2_config.json").read_text())
     write_json(tmp_path / "z2.json", {**zero2, "bf16": {"enabled": False}})
-    base, out = graft(*TRIPLES[2]), tmp_path / "out"
+    base, out = graft(*TRIPLES[1]), tmp_path / "out"
     values = {"dataset": "mixed", "lr_scheduler_type": "constant", "neat_packing": "true", "cutoff_len": 400}
+    torchrun = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "1"}  # which DeepSpeed asks for
     run = train(
-        recipe("full"), model=base, output=out, data=data, processes=2, ddp_backend="gloo",
+        recipe("full"), model=base, output=out, data=data, variables=torchrun, ddp_backend="gloo",
         deepspeed=tmp_path / "z2.json", per_device_train_batch_size=1, **values,
     )  # fmt: skip
     assert "Learning rate of vision: 1e-06 for" in run.stdout
     assert moved(base, out) == pytest.approx(RATES, rel=0.05)
+
+
+def test_data_check_counts_a_grafts_tokens(graft, data, tmp_path, capsys):
+    """With its control: the real image processor for the first pictures, or the check stops."""
+    for triple in (TRIPLES[0], PACKED[3]):
+        folder = graft(*triple)
+        config = record_sets.settings(data, folder, "mixed", trust_remote_code=True, bf16=False)
+        file = record_sets.write_recipe(tmp_path / "recipe.yaml", config)
+        assert record_sets.run("check", file) == 0
+        rows, *_ = parts(data, folder, mask_history=True)
+        assert f"{sum(map(len, rows['input_ids'])):,}" in capsys.readouterr().out
 
 
 # What cannot be
@@ -416,6 +430,19 @@ def test_what_cannot_be_trained_is_said(graft, data, tmp_path, caplog, monkeypat
     assert stop.value.code == 2
     assert message in caplog.text
     assert not list(tmp_path.glob("out/**/*.safetensors"))
+
+
+@pytest.mark.parametrize("own", ["optimizer", "scheduler"])
+def test_deepspeeds_own_optimizer_knows_one_rate(graft, caplog, own):
+    from llamafactory.hparams import FinetuningArguments
+    from llamafactory.model.model_utils.qwen_merge import prepare_training
+
+    model = AutoModelForImageTextToText.from_pretrained(graft(*TRIPLES[0]), trust_remote_code=True)
+    arguments = SimpleNamespace(torch_compile=False, hf_deepspeed_config=SimpleNamespace(config={own: {}}))
+    prepare_training(model, arguments, [], finetuning_args=FinetuningArguments())  # the control: one rate is enough
+    with caplog.at_level("ERROR"), pytest.raises(SystemExit):
+        prepare_training(model, arguments, [], finetuning_args=FinetuningArguments(projector_learning_rate=1e-5))
+    assert f"The DeepSpeed configuration has its own {own}, which" in caplog.text
 
 
 def test_a_wrong_trainable_set_stops_a_run_by_lora(graft, data, tmp_path, caplog, monkeypatch):

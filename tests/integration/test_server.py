@@ -6,21 +6,18 @@ import io
 import json
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
-import requests
 from PIL import Image
 
 from clips import write_clip
 from evaluations import MODEL, Runs, copy_with_the_overlay, lines, write_tables
 from qwen_merge.architecture import register
+from serving import Server, chat, data_url, decoded, png, said
 from stacks import first_stack
 from training import REPOSITORY
 
@@ -28,77 +25,6 @@ pytestmark = pytest.mark.slow
 
 CONTEXT = 1024
 SENTENCE = "I have to give the solution based on the thinking directly now."
-
-
-class Server:
-    """A running `scripts/serve.sh`; its log is shown when it does not start."""
-
-    def __init__(self, checkpoint: Path, folder: Path, *options: str):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.log = folder / "server.log"
-        with open(self.log, "w") as log:
-            self.process = subprocess.Popen(
-                ["bash", "scripts/serve.sh", checkpoint, "--port", str(self.port), *options],
-                cwd=REPOSITORY,
-                env={
-                    **os.environ,
-                    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-                    "VLLM_CPU_KVCACHE_SPACE": "1",
-                },
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    def wait(self, seconds: int = 400) -> None:
-        end = time.monotonic() + seconds
-        while time.monotonic() < end and self.process.poll() is None:
-            try:
-                if requests.get(f"{self.url}/health", timeout=5).ok:
-                    return
-            except requests.ConnectionError:
-                time.sleep(1)
-        self.stop()
-        raise AssertionError(f"the server did not start:\n{self.log.read_text()[-6000:]}")
-
-    def stop(self) -> None:
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGTERM)
-            try:
-                self.process.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(self.process.pid, signal.SIGKILL)
-                self.process.wait()
-
-    def ask(self, *content: dict | str, **options) -> requests.Response:
-        parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
-        body = {"model": "served", "messages": [{"role": "user", "content": parts}], "temperature": 0, "max_tokens": 24}
-        stream = bool(options.get("stream"))  # else requests reads the whole answer before it returns
-        return requests.post(f"{self.url}/v1/chat/completions", json={**body, **options}, timeout=120, stream=stream)
-
-    def complete(self, prompt) -> requests.Response:
-        body = {"model": "served", "prompt": prompt, "max_tokens": 4, "temperature": 0}
-        return requests.post(f"{self.url}/v1/completions", json=body, timeout=120)
-
-    def running(self) -> float:
-        """Requests the engine works on now."""
-        lines = requests.get(f"{self.url}/metrics", timeout=10).text.splitlines()
-        return next(float(line.split()[-1]) for line in lines if line.startswith("vllm:num_requests_running"))
-
-    def wait_for_running(self, wanted) -> None:
-        end = time.monotonic() + 30
-        while not wanted(self.running()):
-            assert time.monotonic() < end, f"{self.running()} requests are running"
-            time.sleep(0.05)
-
-    def answer(self, *content: dict | str, **options) -> dict:
-        response = self.ask(*content, **options)
-        assert response.status_code == 200, response.text
-        return response.json()
 
 
 @pytest.fixture(scope="module")
@@ -119,16 +45,6 @@ def server(untied, tmp_path_factory):
     running.wait()
     yield running
     running.stop()
-
-
-def data_url(content: bytes) -> dict:
-    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(content).decode()}"}}
-
-
-def png(size=(84, 84), colour=(200, 10, 40), mode="RGB") -> bytes:
-    file = io.BytesIO()
-    Image.new(mode, size, colour).save(file, "PNG")
-    return file.getvalue()
 
 
 def jpeg(size, colour) -> bytes:
@@ -179,19 +95,11 @@ def transformers_answer(untied):
     return answer
 
 
-def said(reply: dict) -> tuple[str, int]:
-    return reply["choices"][0]["message"]["content"], reply["usage"]["prompt_tokens"]
-
-
 def test_an_answer_equals_transformers_greedy_one(server, transformers_answer):
     for thinking in (True, False):
         expected = transformers_answer("<image>", "What is it?", thinking=thinking, images=[decoded(png())])
         reply = server.answer(PICTURE, "What is it?", chat_template_kwargs={"enable_thinking": thinking})
         assert said(reply) == expected
-
-
-def decoded(content: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(content)).convert("RGB")
 
 
 def test_two_pictures_are_seen_in_their_order(server, transformers_answer):
@@ -555,23 +463,6 @@ def test_vlmevalkit_gets_the_same_answers_from_the_server_as_in_process(server, 
     assert len(found["endpoint"]) == 4
     assert len(set(found["endpoint"].values())) > 1, "answers that are all alike prove nothing"
     assert found["endpoint"] == found["transformers"]
-
-
-def chat(*arguments) -> str:
-    """What `qwen-merge chat` prints as the greedy answer to "What?"."""
-    result = subprocess.run(
-        [
-            *(sys.executable, "-m", "qwen_merge.cli", "chat", *arguments),
-            *("--question", "What?", "--temperature", "0", "--max-tokens", "12"),
-        ],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY / "src")},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout.strip()
 
 
 def test_serving_something_else_is_refused(tmp_path, untied):

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -14,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import grafts
+from grafts import PROMPT, pictures
 from qwen_merge import cli
 from qwen_merge.architecture import register
 from qwen_merge.architecture.projectors_qwen_merge_graft import in_rows, in_units
@@ -21,7 +21,6 @@ from qwen_merge.architecture.towers_qwen_merge_graft import features_of
 
 register()
 
-PROMPT = "<|vision_start|><|image_pad|><|vision_end|>What is it?"
 # Every tower, projector, LLM and numbering at least once, and all projectors before one LLM.
 PAIRS = (
     ("siglip", "linear", "qwen3", "mrope"),
@@ -41,6 +40,7 @@ PAIRS = (
     ("qwen2_5_vl", "mlp", "qwen3", "mrope-2d"),
     ("siglip", "linear", "qwen3_vl", "mrope"),
     ("dinov2", "mlp", "qwen3_vl", "1d"),
+    ("siglip2", "mlp", "qwen3", "mrope"),
 ) + grafts.HAS_QWEN3_VL * (
     ("qwen3_vl", "own", "qwen3_vl", "mrope"),
     ("qwen3_vl", "extended", "qwen3", "mrope"),
@@ -51,11 +51,6 @@ PAIRS = (
 
 def load(folder: Path):
     return AutoModelForImageTextToText.from_pretrained(folder).eval()
-
-
-def pictures(*sizes: tuple[int, int]) -> list[Image.Image]:
-    dice = np.random.default_rng(0)
-    return [Image.fromarray(dice.integers(0, 256, (height, width, 3), np.uint8)) for width, height in sizes]
 
 
 @pytest.mark.parametrize(("tower", "projector", "llm", "positions"), PAIRS)
@@ -109,6 +104,20 @@ def test_features_are_the_towers_own(graft, sources, tower):
         expected = expected[0] if isinstance(expected, tuple) else expected  # Qwen3-VL's, beside DeepStack
         found = vlm.model.visual.merger(in_units(features, grids, 2))
         control = vlm.model.visual.merger(features)
+    elif tower == "siglip2":
+        whole = transformers.Siglip2Model.from_pretrained(sources / tower).eval()
+        own = transformers.Siglip2ImageProcessor.from_pretrained(sources / tower, max_num_patches=40)
+        pixels = own(images=pictures((56, 56), (112, 56)), return_tensors="pt", do_resize=False)
+        shapes = [tuple(shape) for shape in pixels["spatial_shapes"].tolist()]
+        states = whole.vision_model(
+            pixels["pixel_values"], pixels["pixel_attention_mask"], pixels["spatial_shapes"]
+        ).last_hidden_state
+        expected = torch.cat([state[: rows * columns] for state, (rows, columns) in zip(states, shapes, strict=True)])
+        inputs = processor(text=PROMPT * 2, images=pictures((56, 56), (112, 56)), return_tensors="pt")
+        grids = [tuple(grid) for grid in inputs["image_grid_thw"].tolist()]
+        assert [grid[1:] for grid in grids] == shapes == [(4, 4), (4, 8)]
+        found = features_of(model.model.visual, inputs["pixel_values"], grids, model.config)
+        control = features_of(model.model.visual, inputs["pixel_values"], [grids[0], (1, 8, 4)], model.config)
     else:
         name = (
             "BitImageProcessor" if "dinov2" in tower else {"clip": "CLIP", "siglip": "Siglip"}[tower] + "ImageProcessor"
@@ -238,27 +247,9 @@ def test_the_code_travels_with_the_checkpoint(graft, tmp_path):
 def test_packed_samples_see_nothing_of_each_other(graft, projector):
     folder = graft("siglip", projector, "qwen3", "mrope")
     model, processor = load(folder).train(), AutoProcessor.from_pretrained(folder)
-    samples = []
-    for number, text in enumerate((PROMPT, "Hello there.", PROMPT + PROMPT)):
-        images = pictures(*[(56, 56)] * text.count("<|image_pad|>")) or None
-        inputs = processor(text=text, images=images, return_tensors="pt")
-        labels = inputs["input_ids"].masked_fill(inputs["input_ids"] >= 320, -100)
-        labels[:, 0] = -100
-        positions, _ = model.model.get_rope_index(inputs["input_ids"], inputs.get("image_grid_thw"), None, None, None)
-        pixels = {
-            name: inputs[name] + number * ("pixel" in name) for name in inputs if "pixel" in name or "grid" in name
-        }
-        samples.append({"input_ids": inputs["input_ids"], "labels": labels, "position_ids": positions, **pixels})
-    counts = [int((sample["labels"] != -100).sum()) for sample in samples]
-    losses = [model(**sample).loss for sample in samples]
-    expected = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
-    ends = torch.tensor([0, *[sample["input_ids"].shape[1] for sample in samples]]).cumsum(0).int()
-    row = {name: torch.cat([s[name] for s in samples], -1) for name in ("input_ids", "labels", "position_ids")}
-    row |= {name: torch.cat([s[name] for s in samples if name in s]) for name in ("pixel_values", "image_grid_thw")}
-    longest = int(ends.diff().max())
-    offsets = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
-    assert model(**row, **offsets).loss.item() == pytest.approx(expected.item(), abs=1e-5)
-    assert abs(model(**row).loss.item() - expected.item()) > 1e-3  # the control
+    alone, packed, control = grafts.losses_alone_and_packed(model, processor)
+    assert packed == pytest.approx(alone, abs=1e-5)
+    assert abs(control - alone) > 1e-3
 
 
 def test_experts_take_no_packed_rows(graft):
@@ -289,7 +280,7 @@ def test_a_conversation_with_a_picture(graft):
     assert (inputs["input_ids"] == processor.image_token_id).sum() == 4
     text = processor.apply_chat_template(conversation, add_generation_prompt=True)
     assert torch.equal(processor(text=text, images=[picture], return_tensors="pt")["input_ids"], inputs["input_ids"])
-    with pytest.raises(ValueError, match="no videos and no audio"):
+    with pytest.raises(ValueError, match="takes pictures and no videos"):
         processor(text="", videos=[[picture]])
 
 

@@ -6,21 +6,19 @@ The tower needs transformers 4.57 (the second stack); the LLM is a Qwen3 and run
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import grafts
 from checkpoints import make_llm
+from grafts import PROMPT, pictures
 from qwen_merge import cli
 from qwen_merge.architecture import register
 
 register()
 
-PROMPT = "<|vision_start|><|image_pad|><|vision_end|>What is it?"
 TOWER = pytest.mark.skipif(not grafts.HAS_QWEN3_VL, reason="Qwen3-VL's tower needs transformers 4.57")
 
 
@@ -49,11 +47,6 @@ def graft(sources):
 
 def load(folder: Path):
     return AutoModelForImageTextToText.from_pretrained(folder).eval()
-
-
-def pictures(*sizes: tuple[int, int]) -> list[Image.Image]:
-    dice = np.random.default_rng(0)
-    return [Image.fromarray(dice.integers(0, 256, (height, width, 3), np.uint8)) for width, height in sizes]
 
 
 def seen(folder: Path) -> dict[str, torch.Tensor]:
@@ -188,6 +181,13 @@ def test_a_save_keeps_names_and_bits(graft, tmp_path):
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert torch.equal(load(tmp_path / "saved")(**seen(folder)).logits, load(folder)(**seen(folder)).logits)
+
+
+def test_sections_that_cannot_take_turns(sources, tmp_path, capsys):
+    parts = (tmp_path / "graft.yaml", sources / "siglip", "linear", sources / "qwen3_vl", tmp_path / "out")
+    for section, code in (([4, 6, 6], 2), ([8, 4, 4], 0)):
+        assert cli.main(["graft", "--plan", str(grafts.write_recipe(*parts, mrope_section=section))]) == code
+        assert ("height and width have at most a third each" in capsys.readouterr().err) == (code == 2)
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,26 @@ def test_an_output_inside_a_source_is_refused(sources, tmp_path, capsys):
     assert not output.exists()
 
 
+@pytest.mark.parametrize("plan", [[], ["--plan"]])
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_shard_size": "5 apples"}, "max_shard_size is '5 apples'; expected a number and a unit"),
+        ({"output": "full"}, "is not empty. Remove it or choose another output."),
+    ],
+)
+def test_where_and_how_it_is_written_is_told_by_the_files_keys(sources, tmp_path, capsys, plan, values, message):
+    values = dict(values)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").write_text("")
+    output = tmp_path / values.pop("output", "out")
+    file = grafts.write_recipe(tmp_path / "graft.yaml", sources / "siglip", "mlp", sources / "qwen3", output, **values)
+    assert cli.main(["graft", str(file), *plan]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "--" not in error
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

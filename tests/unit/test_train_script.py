@@ -228,7 +228,10 @@ def test_any_recipe_is_trained(checkout):
     ("arguments", "message"),
     [
         (("examples/none.yaml",), "there is no recipe 'examples/none.yaml'"),
-        (("examples/graft/graft_full.yaml",), "graft_full starts from 'outputs/my-vlm-projector', which holds no model"),
+        (
+            ("examples/graft/graft_full.yaml",),
+            "graft_full starts from 'outputs/my-vlm-projector', which holds no model",
+        ),
         ((GRAFT,), "graft_lora starts from 'my-vlm-base', which holds no model"),
         ((GRAFT, "model_name_or_path=/nowhere"), "graft_lora starts from '/nowhere', which holds no model"),
     ],

@@ -16,6 +16,7 @@ from transformers.configuration_utils import PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
+from transformers.models.siglip2.configuration_siglip2 import Siglip2VisionConfig
 
 from .configuration_qwen2_5_vl_merge import with_torch_dtype
 from .kinds_qwen_merge_graft import CODE, LLMS, POSITIONS, PROJECTORS, QUERIES
@@ -25,10 +26,10 @@ try:
 except ImportError:  # before 4.57
     Qwen3VLVisionConfig = None
 
-# Towers that take any grid of patches; the others take pictures as a whole. The Auto classes know only whole models
-# under these names.
+# Towers of Qwen's VLMs, which take any grid of patches and videos; the others take pictures. The Auto classes know only
+# whole models under these names.
 NATIVE_TOWERS = {"qwen2_vl": Qwen2VLVisionConfig, "qwen2_5_vl": Qwen2_5_VLVisionConfig, "qwen3_vl": Qwen3VLVisionConfig}
-PICTURE_TOWERS = ("clip_vision_model", "siglip_vision_model", "dinov2", "dinov2_with_registers")
+PICTURE_TOWERS = ("clip_vision_model", "siglip_vision_model", "siglip2_vision_model", "dinov2", "dinov2_with_registers")
 
 _STEM = "qwen_merge_graft"
 _FOR_GENERATION = f"modeling_{_STEM}.QwenMergeGraftForConditionalGeneration"
@@ -52,7 +53,9 @@ def vision_config_of(values: dict[str, Any]) -> PretrainedConfig:
     check_version(kind)
     if kind in NATIVE_TOWERS:
         return NATIVE_TOWERS[kind](**values)
-    return CONFIG_MAPPING[kind](**{name: value for name, value in values.items() if name != "model_type"})
+    # The Auto classes of 4.52 know no SigLIP2 of any size; what is published as SigLIP2 of one size is a SigLIP.
+    make = Siglip2VisionConfig if kind == "siglip2_vision_model" else CONFIG_MAPPING[kind]
+    return make(**{name: value for name, value in values.items() if name != "model_type"})
 
 
 def check_version(kind: Any) -> None:
@@ -148,7 +151,7 @@ class QwenMergeGraftConfig(PretrainedConfig):
 
     @property
     def is_native(self) -> bool:
-        """Whether the tower takes any grid of patches."""
+        """Whether the tower is one of Qwen's VLMs, which takes any grid of patches, and videos."""
         return self.vision_config.model_type in NATIVE_TOWERS
 
     @property

@@ -102,7 +102,7 @@ class QwenMergeGraftPreTrainedModel(Qwen2_5_VL_MergePreTrainedModel):
     _no_split_modules = [
         "Qwen3DecoderLayer", "Qwen3MoeDecoderLayer", "Qwen2DecoderLayer", "Qwen2_5_VL_MergeVisionBlock",
         "Qwen2_5_VLVisionBlock", "Qwen2VLVisionBlock", "Qwen3VLVisionBlock", "CLIPEncoderLayer",
-        "SiglipEncoderLayer", "Dinov2Layer", "Dinov2WithRegistersLayer",
+        "SiglipEncoderLayer", "Siglip2EncoderLayer", "Dinov2Layer", "Dinov2WithRegistersLayer",
     ]  # fmt: skip
 
     @classmethod
@@ -171,7 +171,9 @@ class QwenMergeGraftModel(QwenMergeGraftPreTrainedModel, Qwen2_5_VL_MergeModel):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Positions (3, batch, tokens), and what is to be added to a token's number behind the prompt (batch, 1).
 
-        Qwen2.5-VL's own for tokens that lie on a grid under M-RoPE; a text's for the others, three times the same.
+        Qwen2.5-VL's own for tokens that lie on a grid under M-RoPE; a text's for the others, three times the same. A
+        video's time is counted in seconds behind Qwen2.5-VL's tower, else in patches of frames. For Qwen3-VL's LLM its
+        frames stand in the text one by one, like pictures.
         """
         vision = SimpleNamespace(
             spatial_merge_size=self.config.merge_size,
@@ -180,6 +182,11 @@ class QwenMergeGraftModel(QwenMergeGraftPreTrainedModel, Qwen2_5_VL_MergeModel):
         tokens = ("image_token_id", "video_token_id", "vision_start_token_id")
         names = {name: getattr(self.config, name) for name in tokens}
         asked = SimpleNamespace(config=SimpleNamespace(vision_config=vision, **names))
+        if not hasattr(self.config.vision_config, "tokens_per_second"):
+            second_per_grid_ts = None
+        if self.config.mrope_interleaved and video_grid_thw is not None:
+            video_grid_thw = video_grid_thw.repeat_interleave(video_grid_thw[:, 0], dim=0).clone()
+            video_grid_thw[:, 0], second_per_grid_ts = 1, None
         grids = (image_grid_thw, video_grid_thw, second_per_grid_ts)
         if self.config.positions == "1d" or self.config.projector_config["kind"] == "resampler":
             grids = (None, None, None)
@@ -213,7 +220,7 @@ class QwenMergeGraftForConditionalGeneration(QwenMergeGraftPreTrainedModel, Qwen
         finally:
             _ROUTERS.reset(token)
         if routers and labels is not None:
-            text = self.config.text_config
+            text = self.model.language_model.config
             counts = (text.num_experts, text.num_experts_per_tok)
             added = load_balancing_loss_func(tuple(routers), *counts, kwargs.get("attention_mask"))
             outputs["loss"] = outputs["loss"] + text.router_aux_loss_coef * added.to(outputs["loss"].device)

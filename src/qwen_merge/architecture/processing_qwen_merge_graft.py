@@ -1,11 +1,13 @@
-"""Pictures and texts for a graft: as many placeholders as the projector gives tokens.
+"""Pictures, videos and texts for a graft: as many placeholders as the projector gives tokens.
 
 A picture becomes patches row by row, whatever the tower: `pixel_values` (patches, channels * frames * side * side) and
-`image_grid_thw` (pictures, 3), as Qwen's models have them, so that collators and servers treat all grafts alike.
+`image_grid_thw` (pictures, 3), as Qwen's models have them, so that collators and servers treat all grafts alike. Videos
+likewise, `pixel_values_videos` and `video_grid_thw`, for the towers of Qwen's VLMs.
 """
 
 from typing import Any
 
+import numpy
 import transformers
 from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
@@ -63,6 +65,28 @@ class QwenMergeGraftImageProcessor(Qwen2VLImageProcessor):
             raise ValueError(f"height:{height} and width:{width} must be larger than factor:{factor}")
         return smart_resize(height, width, factor=factor, **bounds)
 
+    def of_videos(self, videos, return_tensors=None, **bounds) -> BatchFeature:
+        """Videos, each its frames -> `pixel_values_videos` (patches, ...) and `video_grid_thw` (videos, 3).
+
+        bounds: `min_pixels` and `max_pixels` of a frame.
+
+        Raises:
+            ValueError: the tower takes pictures.
+        """
+        if self.temporal_patch_size == 1:
+            raise ValueError("this graft's tower takes pictures and no videos: give a video's frames as images")
+        names = (
+            "do_resize", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std",
+            "patch_size", "temporal_patch_size", "do_convert_rgb",
+        )  # fmt: skip
+        values = {name: getattr(self, name) for name in names}
+        edges = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
+        values["size"] = {edge: bounds.get(name) or self.size[edge] for edge, name in edges.items()}
+        made = [self._preprocess(list(frames), **values, data_format=ChannelDimension.FIRST) for frames in videos]
+        patches, grids = zip(*made, strict=True)
+        features = {"pixel_values_videos": numpy.concatenate(patches), "video_grid_thw": numpy.array(grids)}
+        return BatchFeature(features, tensor_type=return_tensors)
+
     def _preprocess(self, images, **kwargs):
         """One picture, or the frames of a video, to patches row by row and their grid."""
         kwargs["merge_size"] = 1  # rows, not squares
@@ -101,7 +125,10 @@ class QwenMergeGraftImageProcessor(Qwen2VLImageProcessor):
 
 
 class QwenMergeGraftProcessor(ProcessorMixin):
-    """Texts in which each `<|image_pad|>` stands for a picture, and the pictures in the same order."""
+    """Texts in which each `<|image_pad|>` stands for a picture, and the pictures in the same order; videos likewise.
+
+    timestamps: a video is written frame by frame, each behind its time (Qwen3-VL), instead of as one row of tokens.
+    """
 
     attributes = ["image_processor", "tokenizer"]
     valid_kwargs = ["chat_template"]
@@ -117,8 +144,10 @@ class QwenMergeGraftProcessor(ProcessorMixin):
         video_token="<|video_pad|>",
         vision_start_token="<|vision_start|>",
         vision_end_token="<|vision_end|>",
+        timestamps=False,
         **kwargs,
     ):
+        self.timestamps = timestamps
         self.image_token, self.video_token = image_token, video_token
         self.vision_start_token, self.vision_end_token = vision_start_token, vision_end_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token) if tokenizer is not None else None
@@ -133,34 +162,58 @@ class QwenMergeGraftProcessor(ProcessorMixin):
         return_tensors=None,
         min_pixels=None,
         max_pixels=None,
+        fps=2.0,
         **kwargs,
     ) -> BatchFeature:
-        """`text` with placeholders and `images` -> input_ids, attention_mask, pixel_values, image_grid_thw.
+        """`text` with placeholders, `images` and `videos` -> input_ids, attention_mask, pixel_values, image_grid_thw,
+        pixel_values_videos, video_grid_thw, second_per_grid_ts (seconds of a patch of frames).
+
+        videos: one or several, each its frames: a list of pictures, or an array (frames, ...). fps: how many of these
+        frames are a second, of all videos or of each.
 
         Raises:
-            ValueError: not as many placeholders as pictures; videos or audio.
+            ValueError: not as many placeholders as pictures or videos; videos for a tower of pictures; audio.
         """
-        if videos is not None or audio is not None:
-            raise ValueError("a graft's processor takes pictures and texts, no videos and no audio")
-        pictures = {}
+        if audio is not None:
+            raise ValueError("a graft's processor takes pictures, videos and texts, no audio")
+        seen = {}
+        bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+        bounds = {name: value for name, value in bounds.items() if value is not None}
         if images is not None:
-            bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-            bounds = {name: value for name, value in bounds.items() if value is not None}
-            pictures = self.image_processor(images=images, return_tensors=return_tensors, **bounds)
+            seen.update(self.image_processor(images=images, return_tensors=return_tensors, **bounds))
+        if videos is not None:
+            videos = one_by_one(videos)
+            seen.update(self.image_processor.of_videos(videos, return_tensors, **bounds))
+            rates = list(fps) if isinstance(fps, (list, tuple)) else [fps] * len(videos)
+            seen["second_per_grid_ts"] = [self.image_processor.temporal_patch_size / rate for rate in rates]
         if text is None:
-            return BatchFeature(dict(pictures), tensor_type=return_tensors)
+            return BatchFeature(seen, tensor_type=return_tensors)
         texts = [text] if isinstance(text, str) else list(text)
-        grids = list(pictures.get("image_grid_thw", ()))
-        found = sum(part.count(self.image_token) for part in texts)
-        if found != len(grids):
-            raise ValueError(f"the text has {found} {self.image_token} and there are {len(grids)} pictures")
-        counts = iter([self.image_processor.tokens(grid) for grid in grids])
-        expanded = []
-        for part in texts:
-            first, *rest = part.split(self.image_token)
-            expanded.append(first + "".join(self.image_token * next(counts) + piece for piece in rest))
-        tokens = self.tokenizer(expanded, return_tensors=return_tensors, **kwargs)
-        return BatchFeature({**tokens, **pictures}, tensor_type=return_tensors)
+        pictures = [self.image_token * self.image_processor.tokens(grid) for grid in seen.get("image_grid_thw", ())]
+        texts = expanded(texts, self.image_token, pictures, "pictures")
+        if self.timestamps and videos is not None:  # each frame gets a beginning and an end of its own
+            whole = f"{self.vision_start_token}{self.video_token}{self.vision_end_token}"
+            texts = [part.replace(whole, self.video_token) for part in texts]
+        written = []
+        if videos is not None:
+            shown = zip(seen["video_grid_thw"], map(len, videos), rates, strict=True)
+            written = [self._written(*video) for video in shown]
+        texts = expanded(texts, self.video_token, written, "videos")
+        tokens = self.tokenizer(texts, return_tensors=return_tensors, **kwargs)
+        return BatchFeature({**tokens, **seen}, tensor_type=return_tensors)
+
+    def _written(self, grid, frames: int, rate: float) -> str:
+        """What stands for a video of so many frames, `rate` of them a second."""
+        if not self.timestamps:
+            return self.video_token * self.image_processor.tokens(grid)
+        time, rows, columns = (int(number) for number in grid)
+        length, parts = self.image_processor.temporal_patch_size, []
+        tokens = self.video_token * self.image_processor.tokens((1, rows, columns))
+        for first in range(0, time * length, length):
+            last = min(first + length, frames) - 1  # the last frame fills the last patch
+            seconds = (first / rate + last / rate) / 2
+            parts.append(f"<{seconds:.1f} seconds>{self.vision_start_token}{tokens}{self.vision_end_token}")
+        return "".join(parts)
 
     def batch_decode(self, *args, **kwargs):
         return self.tokenizer.batch_decode(*args, **kwargs)
@@ -173,7 +226,34 @@ class QwenMergeGraftProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self):
-        return [*self.tokenizer.model_input_names, "pixel_values", "image_grid_thw"]
+        videos = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
+        return [*self.tokenizer.model_input_names, "pixel_values", "image_grid_thw", *videos]
+
+
+def one_by_one(videos) -> list:
+    """Videos, each its frames: of one alone, of a list of them, and of a list for each conversation."""
+    if hasattr(videos[0], "convert") or getattr(videos[0], "ndim", 0) == 3:
+        return [videos]
+    found: list = []
+    for video in videos:
+        several = isinstance(video, (list, tuple)) and (
+            isinstance(video[0], (list, tuple)) or getattr(video[0], "ndim", 0) == 4
+        )
+        found.extend(video if several else [video])
+    return found
+
+
+def expanded(texts: list[str], token: str, written: list[str], what: str) -> list[str]:
+    """`texts` with what is written for each picture, or video, in the place of its `token`.
+
+    Raises:
+        ValueError: not as many places.
+    """
+    found = sum(text.count(token) for text in texts)
+    if found != len(written):
+        raise ValueError(f"the text has {found} {token} and there are {len(written)} {what}")
+    parts, each = [text.split(token) for text in texts], iter(written)
+    return [first + "".join(next(each) + piece for piece in rest) for first, *rest in parts]
 
 
 __all__ = ["QwenMergeGraftImageProcessor", "QwenMergeGraftProcessor"]

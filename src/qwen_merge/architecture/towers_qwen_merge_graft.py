@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import MODEL_MAPPING
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
+from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionModel
 
 from .configuration_qwen_merge_graft import QwenMergeGraftConfig
 from .projectors_qwen_merge_graft import Grids, in_rows, in_units
@@ -77,9 +78,9 @@ def tower_of(config: QwenMergeGraftConfig) -> nn.Module:
         return _qwen3_vl(vision)
     if vision.model_type in native:
         return native[vision.model_type]._from_config(vision)
-    if vision.model_type == "siglip_vision_model":
+    if vision.model_type.startswith("siglip"):
         vision.vision_use_head = False  # it pools; nothing asks for one vector
-    own = MODEL_MAPPING[type(vision)]
+    own = Siglip2VisionModel if vision.model_type == "siglip2_vision_model" else MODEL_MAPPING[type(vision)]
     return type(f"Graft{own.__name__}", (PictureTower, own), {})._from_config(vision)
 
 
@@ -115,16 +116,24 @@ def _of_pictures(tower: Callable, patches: torch.Tensor, grids: Grids, config: Q
         if time != 1:
             raise ValueError(f"{vision.model_type} takes pictures; this is a video of {time} frames")
         squares = torch.stack([pictures[number] for number in numbers]).unflatten(2, (channels, side, side))
-        pixels = squares.unflatten(1, (rows, columns)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
-        own = vision.image_size // side
-        extra = (
-            {} if (rows, columns) == (own, own) or "dinov2" in vision.model_type else {"interpolate_pos_encoding": True}
-        )
-        output = tower(pixel_values=pixels, output_hidden_states=layer != -1, **extra)
+        output = tower(**_arguments(vision, squares, rows, columns), output_hidden_states=layer != -1)
         states = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
         for number, features in zip(numbers, states[:, states.shape[1] - rows * columns :], strict=True):
             outputs[number] = features
     return torch.cat([features for features in outputs if features is not None])
+
+
+def _arguments(vision, squares: torch.Tensor, rows: int, columns: int) -> dict[str, Any]:
+    """What a tower of pictures is called with. squares: (pictures, rows * columns, channels, side, side)."""
+    if vision.model_type == "siglip2_vision_model":  # patches whose channels come last, nothing padded
+        shapes = torch.tensor([[rows, columns]] * len(squares))
+        patches = squares.permute(0, 1, 3, 4, 2).flatten(2)
+        return {"pixel_values": patches, "pixel_attention_mask": None, "spatial_shapes": shapes}
+    pixels = squares.unflatten(1, (rows, columns)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+    own = vision.image_size // vision.patch_size
+    if (rows, columns) == (own, own) or "dinov2" in vision.model_type:
+        return {"pixel_values": pixels}
+    return {"pixel_values": pixels, "interpolate_pos_encoding": True}
 
 
 __all__ = ["features_of", "tower_of"]

@@ -14,6 +14,7 @@ from qwen_merge.errors import UserError
 from qwen_merge.video import processor_options
 
 OPEN, CLOSE = "<think>", "</think>"
+MERGE, GRAFT = "qwen2_5_vl_merge", "qwen_merge_graft"
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,9 @@ class InProcess:
         if not config.is_file():
             raise UserError(f"{folder} is not a checkpoint: it has no config.json.\nGive the output folder of a stage.")
         model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-        if model_type != "qwen2_5_vl_merge":
-            raise UserError(f"{folder} is a {model_type} checkpoint; expected model_type qwen2_5_vl_merge.")
+        if model_type not in (MERGE, GRAFT):
+            raise UserError(f"{folder} is a {model_type} checkpoint; expected model_type {MERGE} or {GRAFT}.")
+        self.is_graft = model_type == GRAFT
         import torch
         from transformers import AutoModelForImageTextToText, AutoProcessor
         from transformers.utils import logging
@@ -114,6 +116,8 @@ class InProcess:
         text = self.processor.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, enable_thinking=self.settings.thinking
         )
+        if self.is_graft:
+            return self.processor(text=[text], images=_pictures(messages) or None, return_tensors="pt")
         images, videos, options = process_vision_info(messages, return_video_kwargs=True)
         rates = {"fps": options["fps"]} if videos else {}
         return self.processor(text=[text], images=images, videos=videos, return_tensors="pt", **rates)
@@ -160,6 +164,20 @@ class InProcess:
         thread.join()
         if failures:
             raise failures[0]
+
+
+def _pictures(messages: list[dict]) -> list:
+    """All pictures as they are: a graft's own processor gives them their sizes.
+
+    Raises:
+        UserError: a video.
+    """
+    from PIL import Image
+
+    parts = [part for message in messages for part in message["content"]]
+    if any(part["type"] == "video" for part in parts):
+        raise UserError("a graft takes pictures and text, no videos. Leave --video out.")
+    return [Image.open(part["image"]).convert("RGB") for part in parts if part["type"] == "image"]
 
 
 class Endpoint:

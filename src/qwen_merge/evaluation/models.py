@@ -19,7 +19,7 @@ from vlmeval.vlm.qwen2_vl.model import Qwen2VLChat
 from qwen_merge.errors import UserError
 from qwen_merge.evaluation import thoughts
 from qwen_merge.evaluation.backends import MAX_PICTURES, Prompt, PromptTooLong, Transformers, Vllm
-from qwen_merge.evaluation.records import Question, Records, Settings, document, model_type_of
+from qwen_merge.evaluation.records import GRAFT, Question, Records, Settings, document, model_type_of
 from qwen_merge.evaluation.vlmevalkit import leave
 
 
@@ -84,13 +84,36 @@ def limit_pictures(message: list[dict[str, str]]) -> list[dict[str, str]]:
     return [part for i, part in enumerate(message) if i not in dropped]
 
 
+def refuse_pixels(is_graft: bool, overrides: dict[str, Any]) -> None:
+    """Limits of pictures that would be without effect.
+
+    Raises:
+        UserError: they are set for a graft.
+    """
+    if is_graft and (asked := sorted({"min_pixels", "max_pixels"} & set(overrides))):
+        raise UserError(
+            f"{', '.join(asked)}: a graft's pictures have the sizes of its own processor. Leave it out, or make the "
+            "graft with other vision.min_pixels and vision.max_pixels."
+        )
+
+
+def whole_pictures(message: list[dict[str, str]]) -> list:
+    """The pictures of a message as they are, for a processor that alone decides their sizes."""
+    from PIL import Image
+
+    if any(part["type"] == "video" for part in message):
+        leave(UserError("a graft takes pictures and text; this data set has videos. Leave it out of --data."))
+    files = [part["value"].removeprefix("file://") for part in message if part["type"] == "image"]
+    return [Image.open(file).convert("RGB") for file in files]
+
+
 class QwenMergeChat(Answering, Qwen2VLChat):
     """A Qwen-Merge checkpoint in this process; `use_vllm` picks the back end.
 
     The weights are loaded at the first question that is not on record, so a finished data set costs nothing.
 
     Args:
-        model_path: a checkpoint folder of model_type qwen2_5_vl_merge.
+        model_path: a checkpoint folder of model_type qwen2_5_vl_merge or qwen_merge_graft.
         records: where answers go.
         judge: only written down.
 
@@ -116,6 +139,8 @@ class QwenMergeChat(Answering, Qwen2VLChat):
         self.settings = merged(settings, overrides)
         super(Qwen2VLChat, self).__init__(use_custom_prompt=self.settings.use_custom_prompt)
         model_type = model_type_of(model_path)
+        self.is_graft = model_type == GRAFT
+        refuse_pixels(self.is_graft, overrides)
         self.model_path = str(Path(model_path).expanduser())
         self.use_vllm, self.use_lmdeploy, self.use_audio_in_video = use_vllm, False, False
         self.min_pixels, self.max_pixels = self.settings.min_pixels, self.settings.max_pixels
@@ -159,7 +184,7 @@ class QwenMergeChat(Answering, Qwen2VLChat):
     def _refuse_smaller_pictures(self) -> None:
         """The checkpoint's processor resizes after us: a lower limit of its own would silently undo the setting."""
         own = getattr(self.processor.image_processor, "max_pixels", None)
-        if own is not None and own < self.settings.max_pixels:
+        if not self.is_graft and own is not None and own < self.settings.max_pixels:
             leave(
                 UserError(
                     f"preprocessor_config.json in {self.model_path} limits pictures to {own} pixels, the setting is "
@@ -175,6 +200,8 @@ class QwenMergeChat(Answering, Qwen2VLChat):
         text = self.processor.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, enable_thinking=self.settings.thinking
         )
+        if self.is_graft:
+            return Prompt(text, whole_pictures(message) or None, None, [])
         images, videos, options = process_vision_info(messages, return_video_kwargs=True)
         return Prompt(text, images, videos, options.get("fps", []))
 

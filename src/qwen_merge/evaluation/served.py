@@ -20,8 +20,8 @@ from vlmeval.vlm.qwen2_vl.prompt import Qwen2VLPromptMixin
 from qwen_merge.errors import UserError
 from qwen_merge.evaluation import thoughts
 from qwen_merge.evaluation.backends import MAX_LENGTH
-from qwen_merge.evaluation.models import Answering, limit_pictures, merged
-from qwen_merge.evaluation.records import Question, Records, Settings, document, model_type_of
+from qwen_merge.evaluation.models import Answering, limit_pictures, merged, refuse_pixels
+from qwen_merge.evaluation.records import GRAFT, Question, Records, Settings, document, model_type_of
 from qwen_merge.video import SERVER_FRAMES, processor_options
 
 OCRBENCH_MIN_PIXELS = 10 * 10 * 28 * 28  # VLMEvalKit's own exception: its pictures are single words
@@ -31,7 +31,7 @@ class QwenMergeAPI(Answering, Qwen2VLPromptMixin, BaseAPI):
     """A served Qwen-Merge model behind an OpenAI-compatible endpoint: the same questions, pictures, seeds and cutting.
 
     Pictures travel as the bytes on the disk; the server resizes them under the same pixel limits (vLLM's
-    `mm_processor_kwargs`).
+    `mm_processor_kwargs`). A graft's own processor gives them its sizes; `model_path` says that the server has one.
 
     Args:
         endpoint: the base URL, with or without `/v1`.
@@ -72,10 +72,13 @@ class QwenMergeAPI(Answering, Qwen2VLPromptMixin, BaseAPI):
         self.limit = card.get("max_model_len") or MAX_LENGTH
         self.records = records
         local = model_path if model_path and os.path.isdir(model_path) else None
+        model_type = model_type_of(local) if local else None
+        self.is_graft = model_type == GRAFT
+        refuse_pixels(self.is_graft, overrides)
         self.document = document(
             records.model,
             local or self.model,
-            model_type_of(local) if local else None,
+            model_type,
             "endpoint",
             self.settings,
             judge,
@@ -121,6 +124,14 @@ class QwenMergeAPI(Answering, Qwen2VLPromptMixin, BaseAPI):
             parts.append({"type": kind, kind: {"url": f"data:{mime};base64,{data}"}})
         return parts
 
+    def sizes(self, message: list[dict[str, str]], dataset: str | None) -> dict[str, Any]:
+        """How large pictures are, and how fast videos run."""
+        return {
+            "min_pixels": OCRBENCH_MIN_PIXELS if dataset == "OCRBench" else self.settings.min_pixels,
+            "max_pixels": self.settings.max_pixels,
+            **processor_options(videos_of(message)),
+        }
+
     def request(self, message: list[dict[str, str]], dataset: str | None, key: str) -> dict[str, Any]:
         """The body of one question."""
         s = self.settings
@@ -134,11 +145,7 @@ class QwenMergeAPI(Answering, Qwen2VLPromptMixin, BaseAPI):
             "repetition_penalty": 1.0,
             "seed": s.seed_of(key),
             "chat_template_kwargs": {"enable_thinking": s.thinking},
-            "mm_processor_kwargs": {
-                "min_pixels": OCRBENCH_MIN_PIXELS if dataset == "OCRBench" else s.min_pixels,
-                "max_pixels": s.max_pixels,
-                **processor_options(videos_of(message)),
-            },
+            **({} if self.is_graft else {"mm_processor_kwargs": self.sizes(message, dataset)}),
         }
 
     def generate(self, message, dataset: str | None = None, **_) -> str:

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from qwen_merge.errors import UserError
+
 EPILOG = """\
 A file says which vision tower, projector and LLM are joined:
 
@@ -55,7 +57,32 @@ def picture_size(text: str) -> tuple[int, int]:
     return width, height
 
 
+# What a graft shares with `qwen-merge merge` is told there by that command's options: how the file says it.
+_IN_THE_FILE = (
+    (", or put these files into the --materials-path directory", ""),
+    (". --dtype writes one dtype", ""),
+    ("--max-shard-size", "max_shard_size"),
+    ("an --output-path", "an output"),
+    ("--output-path", "output"),
+    ("--mrope-section TIME,HEIGHT,WIDTH", "mrope_section: [TIME, HEIGHT, WIDTH]"),
+    ("--mrope-section", "mrope_section"),
+)
+
+
+def in_the_files_words(text: str) -> str:
+    for option, key in _IN_THE_FILE:
+        text = text.replace(option, key)
+    return text
+
+
 def run_graft(arguments: argparse.Namespace) -> int:
+    try:
+        return _run(arguments)
+    except UserError as error:
+        raise UserError(in_the_files_words(str(error))) from None
+
+
+def _run(arguments: argparse.Namespace) -> int:
     from qwen_merge.graft.llms import LEFT_OUT
     from qwen_merge.graft.make import make
     from qwen_merge.graft.measure import measure, read_text
@@ -79,7 +106,7 @@ def run_graft(arguments: argparse.Namespace) -> int:
         f"  written                      {report.nbytes:,} bytes, {len(report.shards)} file(s), {report.seconds:.1f} s"
     )
     for note in plan.notes:
-        print(f"  note: {note}")
+        print(f"  note: {in_the_files_words(note)}")
     if (arguments.measure is not None or plan.dropped["llm"].get(LEFT_OUT)) and not arguments.no_measure:
         llm = open_source(recipe.llm.source, "llm", recipe.llm.revision)
         print(f"  measured: {measure(report.output, llm, text)}")

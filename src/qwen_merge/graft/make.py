@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from qwen_merge.architecture import GRAFT_CODE_FILES
@@ -24,8 +25,10 @@ PROCESSOR = "processor_config.json"
 
 @dataclass(frozen=True)
 class Drafted:
-    """A graft that can be made. plan: None for Qwen-Merge's own form (step 1's merger)."""
+    """A graft that can be made at `output`. plan: None for Qwen-Merge's own form (step 1's merger)."""
 
+    output: Path
+    max_shard_bytes: int
     sources: planning.Sources
     plan: MergePlan | None
     companions: companion_files.Companions | None
@@ -35,22 +38,24 @@ def draft(recipe: Recipe) -> Drafted:
     """Open the sources and plan; reads configurations and headers only.
 
     Raises:
-        UserError: whatever does not fit.
+        UserError: whatever does not fit, the place of the output and the size of its files among it.
     """
+    place = resolved_output(recipe.output), parse_size(recipe.max_shard_size)
     vision = open_source(recipe.vision.source, "vision", recipe.vision.revision)
     llm = open_source(recipe.llm.source, "llm", recipe.llm.revision)
+    refuse_inside(place[0], vision, llm)
     sources = planning.identify(recipe, vision, llm)
     if recipe.architecture == STOCK:
-        return Drafted(sources, *stock.draft(recipe, sources))
+        return Drafted(*place, sources, *stock.draft(recipe, sources))
     if planning.is_step_one(recipe, sources):
-        return Drafted(sources, None, None)
+        return Drafted(*place, sources, None, None)
     companions = companion_files.of_the_llm(llm, {})
     rows, new_rows = add_missing(companions, recipe.tokens, llms.text_fields(sources.llm_config).get("vocab_size"))
     config = planning.graft_config(recipe, sources, companions.token_ids, rows)
     plan = planning.graft_plan(sources, config, new_rows)
     plan.notes.extend(companions.notes)
     _add_files(companions, recipe, sources, config)
-    return Drafted(sources, plan, companions)
+    return Drafted(*place, sources, plan, companions)
 
 
 def make(recipe: Recipe) -> MergeReport:
@@ -60,16 +65,14 @@ def make(recipe: Recipe) -> MergeReport:
         UserError: whatever a user can mend; nothing is left at or beside the output then.
     """
     started = time.monotonic()
-    output, max_shard_bytes = resolved_output(recipe.output), parse_size(recipe.max_shard_size)
-    if output.parent.is_dir():
-        remove_stale(output)  # before the space is looked at: a dead merge may take up what is needed
     drafted = draft(recipe)
-    refuse_inside(output, drafted.sources.vision, drafted.sources.llm)
+    if drafted.output.parent.is_dir():
+        remove_stale(drafted.output)  # before the space is looked at: a dead merge may take up what is needed
     if drafted.plan is None:
         return merge(step_one(recipe))
     assert drafted.companions is not None
     ready = Prepared(drafted.sources.vision, drafted.sources.llm, drafted.companions, drafted.plan)
-    return write(output, ready, recipe.seed, max_shard_bytes, started)
+    return write(drafted.output, ready, recipe.seed, drafted.max_shard_bytes, started)
 
 
 def step_one(recipe: Recipe) -> MergeOptions:
@@ -91,7 +94,7 @@ def _add_files(companions: companion_files.Companions, recipe: Recipe, sources: 
 
     name, own = _own_processor(sources)
     settings = sources.vision.read_json(companion_files.PREPROCESSOR)
-    fixed = not sources.tower.is_native and recipe.vision.resolution != "interpolated"
+    fixed = not sources.tower.any_size and recipe.vision.resolution != "interpolated"
     least, most = pixels(recipe.vision)
     carried = ("image_mean", "image_std", "resample", "rescale_factor", "do_rescale", "do_normalize")
     values = {
@@ -113,6 +116,7 @@ def _add_files(companions: companion_files.Companions, recipe: Recipe, sources: 
         "processor_class": "QwenMergeGraftProcessor",
         "auto_map": {"AutoProcessor": AUTO_MAP["AutoProcessor"]},
         **{f"{name}_token": spelling for name, spelling in vars(recipe.tokens).items()},
+        "timestamps": config.mrope_interleaved,
     }
     companions.files[PROCESSOR] = companion_files.encode(processor)
     _spell_tokens(companions, recipe.tokens)

@@ -98,9 +98,9 @@ def measure(graft: Path, llm: Source, text: str = TEXT) -> Measured:
         own = _predictions(AutoModelForCausalLM, local_directory(llm), windows)
         grafted = _predictions(AutoModelForImageTextToText, graft, windows)
     targets = torch.cat([window[0, 1:] for window in windows])
-    losses = [-values.gather(1, targets[:, None]).mean().item() for values in (own, grafted)]
+    llm_loss, graft_loss = (-values.gather(1, targets[:, None]).mean().item() for values in (own, grafted))
     divergence = torch.nn.functional.kl_div(grafted, own, reduction="batchmean", log_target=True).item()
-    return Measured(len(targets), *losses, divergence)
+    return Measured(len(targets), llm_loss, graft_loss, divergence)
 
 
 def _predictions(kind: Any, directory: Path, windows: list) -> Any:

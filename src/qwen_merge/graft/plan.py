@@ -66,7 +66,7 @@ def _pair_problems(recipe: Recipe, tower: Tower) -> list[str]:
         check_version(tower.kind)
     except ValueError as error:
         problems.append(f"vision: {error}")
-    if kind in OF_THE_SOURCE and not tower.is_native:
+    if kind in OF_THE_SOURCE and not tower.merger:
         problems.append(
             f"projector.kind {kind} continues the patch merger of a Qwen VLM, and {tower.kind} has none: take mlp "
             "with merge_size 2, or patch_merger"
@@ -75,13 +75,13 @@ def _pair_problems(recipe: Recipe, tower: Tower) -> list[str]:
         problems.append(f"vision.deepstack: {tower.kind} has none; it is Qwen3-VL's")
     if vision.deepstack and kind == "resampler":
         problems.append("vision.deepstack: a resampler's tokens lie at no place of the picture; take another projector")
-    if tower.is_native and vision.resolution in ("fixed", "interpolated"):
+    if tower.any_size and vision.resolution in ("fixed", "interpolated"):
         problems.append(f"vision.resolution {vision.resolution}: {tower.kind} takes any size; leave it out, or native")
-    if not tower.is_native and vision.resolution == "native":
+    if not tower.any_size and vision.resolution == "native":
         problems.append(f"vision.resolution native: {tower.kind} was trained at one size; say fixed or interpolated")
-    if not tower.is_native and vision.resolution != "interpolated" and (vision.min_pixels or vision.max_pixels):
+    if not tower.any_size and vision.resolution != "interpolated" and (vision.min_pixels or vision.max_pixels):
         problems.append(f"vision.min_pixels, max_pixels: {tower.kind} takes one size; say resolution: interpolated")
-    if tower.is_native and vision.layer != -1:
+    if tower.merger and vision.layer != -1:
         problems.append(f"vision.layer {vision.layer}: of {tower.kind} only the result can be taken")
     return problems
 
@@ -202,7 +202,7 @@ def _size_problems(recipe: Recipe, sources: Sources, config) -> list[str]:
             f"vision.deepstack: {config.deepstack} levels, and the LLM has {config.num_hidden_layers} layers"
         )
     layers = getattr(config.vision_config, "num_hidden_layers", 0)
-    if not sources.tower.is_native and not -layers - 1 <= recipe.vision.layer <= layers:
+    if not sources.tower.merger and not -layers - 1 <= recipe.vision.layer <= layers:
         problems.append(f"vision.layer is {recipe.vision.layer}; the tower has {layers} layers, -1 is its result")
     heads = projector.get("heads") or max(1, width // 128)
     if projector["kind"] == "resampler" and width % heads:

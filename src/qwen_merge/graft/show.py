@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 
 from qwen_merge.errors import UserError
+from qwen_merge.graft.command import in_the_files_words
 from qwen_merge.graft.make import draft, step_one
 from qwen_merge.graft.recipe import Recipe
 from qwen_merge.merger import companions as companion_files
@@ -51,7 +52,7 @@ def show(recipe: Recipe, picture: tuple[int, int]) -> None:
     tokens = _tokens(files, picture)
     print(f"  a picture of {picture[0]} x {picture[1]} takes {tokens} tokens")
     for note in plan.notes:
-        print(f"  note: {note}")
+        print(f"  note: {in_the_files_words(note)}")
 
 
 def _tokens(files: Mapping[str, bytes], picture: tuple[int, int]) -> int:

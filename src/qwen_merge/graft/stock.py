@@ -109,11 +109,11 @@ def _config(
 
     llm = {**sources.llm_config, "model_type": "qwen3"}  # of the fields that are read a Qwen2.5 has the same
     llm["head_dim"] = llm["hidden_size"] // llm["num_attention_heads"]
-    sections = recipe.mrope_section or sections_of(SimpleNamespace(head_dim=llm["head_dim"]), None)
+    time, height, width = recipe.mrope_section or sections_of(SimpleNamespace(head_dim=llm["head_dim"]), None)
     tower = {
         name.replace("projector.", "visual.", 1): stored for name, (_, _, stored) in found.items() if stored is not None
     }
-    merged = merged_config(sources.vision_config, llm, tower, token_ids, RopeOptions(tuple(sections)))
+    merged = merged_config(sources.vision_config, llm, tower, token_ids, RopeOptions((time, height, width)))
     fields = {name: value for name, value in merged.config.items() if name not in _NOT_CARRIED}
     vision = {**fields["vision_config"], "out_hidden_size": fields["hidden_size"]}
     vision.pop("out_hidden_size2")

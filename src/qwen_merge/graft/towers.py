@@ -18,7 +18,8 @@ class Tower:
 
     sources: `model_type` of the checkpoints that hold it. kind: the tower's own. spellings: prefixes of its tensors,
     and what stands in their place behind `visual.`. merger: prefix of a patch merger, behind the spelling. deepstack:
-    prefix of those of DeepStack. drops: prefixes that are left behind, and why.
+    prefix of those of DeepStack. drops: prefixes that are left behind, and why. any_size: whether it was trained with
+    pictures of all sizes.
     """
 
     kind: str
@@ -27,10 +28,7 @@ class Tower:
     drops: tuple[tuple[str, str], ...] = ()
     merger: str | None = None
     deepstack: str | None = None
-
-    @property
-    def is_native(self) -> bool:
-        return self.merger is not None
+    any_size: bool = False
 
 
 _OWN_TEXT = "the VLM's own text model"
@@ -39,6 +37,7 @@ _QWEN = {
     "spellings": (("model.visual.", ""), ("visual.", "")),
     "drops": (("model.", _OWN_TEXT), ("lm_head.", _OWN_TEXT)),
     "merger": "merger.",
+    "any_size": True,
 }
 _TWO_TOWERS = (("text_model.", _TEXT_TOWER), ("text_projection.", _TEXT_TOWER), ("logit_", _TEXT_TOWER))
 
@@ -56,11 +55,15 @@ TOWERS = (
             ("vision_model.embeddings.position_ids", "numbers that count up"),
         ),
     ),
-    Tower(
-        "siglip_vision_model",
-        ("siglip", "siglip_vision_model"),
-        (("vision_model.", "vision_model."),),
-        (*_TWO_TOWERS, ("vision_model.head.", "the head that pools to one vector")),
+    *(
+        Tower(
+            f"{name}_vision_model",
+            (name, f"{name}_vision_model"),
+            (("vision_model.", "vision_model."),),
+            (*_TWO_TOWERS, ("vision_model.head.", "the head that pools to one vector")),
+            any_size=any_size,
+        )
+        for name, any_size in (("siglip", False), ("siglip2", True))
     ),
     *(
         Tower(
@@ -119,7 +122,7 @@ def of_the_tower(source: Source, tower: Tower, mergers: dict[str, str], dropped:
     for name, stored in source.read_tensors(is_wanted).items():
         spelling, stem = next((pair for pair in tower.spellings if name.startswith(pair[0])), (None, ""))
         drop = next((reason for prefix, reason in tower.drops if name.startswith(prefix)), None)
-        if spelling is None or (drop and not (tower.is_native and spelling)):
+        if spelling is None or (drop and not (tower.merger and spelling)):
             dropped[drop or "not the tower's"] += 1
             continue
         target = stem + name[len(spelling) :]

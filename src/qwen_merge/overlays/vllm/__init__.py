@@ -1,4 +1,4 @@
-"""Teaches vLLM 0.9.1 and 0.12 the architecture through its own plug-in entry point: no file of vLLM is changed.
+"""Teaches vLLM 0.9.1 and 0.12 both architectures through its own plug-in entry point: no file of vLLM is changed.
 
 `pyproject.toml` names `register` under `vllm.general_plugins`. vLLM calls it in every process it starts (API server,
 model inspection, engine core, workers), so that plain `vllm serve DIR` works wherever this package is installed.
@@ -6,9 +6,16 @@ model inspection, engine core, workers), so that plain `vllm serve DIR` works wh
 request that asks for one is refused.
 """
 
-ARCHITECTURE = "Qwen2_5_VL_MergeForConditionalGeneration"
-MODEL_TYPE = "qwen2_5_vl_merge"
-MODEL_CLASS = f"{__name__}.model:{ARCHITECTURE}"
+MODEL_TYPE, GRAFT = "qwen2_5_vl_merge", "qwen_merge_graft"
+MODEL_TYPES = (MODEL_TYPE, GRAFT)
+# Architecture, as config.json names it -> where vLLM imports it from.
+MODEL_CLASSES = {
+    name: f"{__name__}.{module}:{name}"
+    for module, name in (
+        ("model", "Qwen2_5_VL_MergeForConditionalGeneration"),
+        ("graft", "QwenMergeGraftForConditionalGeneration"),
+    )
+}
 
 
 def register() -> None:
@@ -19,13 +26,15 @@ def register() -> None:
     from vllm import ModelRegistry
 
     from qwen_merge.architecture import register as register_in_transformers
-    from qwen_merge.overlays.vllm import chat, cpu, media, reasoning, thinking_budget
+    from qwen_merge.overlays.vllm import chat, cpu, media, positions, reasoning, thinking_budget
 
     register_in_transformers()
-    module, _, name = MODEL_CLASS.partition(":")
-    registered = ModelRegistry.models.get(ARCHITECTURE)
-    if (getattr(registered, "module_name", None), getattr(registered, "class_name", None)) != (module, name):
-        ModelRegistry.register_model(ARCHITECTURE, MODEL_CLASS)
+    for architecture, model_class in MODEL_CLASSES.items():
+        module, _, name = model_class.partition(":")
+        registered = ModelRegistry.models.get(architecture)
+        if (getattr(registered, "module_name", None), getattr(registered, "class_name", None)) != (module, name):
+            ModelRegistry.register_model(architecture, model_class)
+    positions.hook()
     chat.hook_placeholders()
     cpu.prepare()
     media.hook()

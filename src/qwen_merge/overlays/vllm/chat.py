@@ -4,19 +4,22 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import wraps
 
-from qwen_merge.overlays.vllm import MODEL_TYPE, clients
+from qwen_merge.overlays.vllm import GRAFT, MODEL_TYPE, MODEL_TYPES, clients
 
 PLACEHOLDERS = {
     "image": "<|vision_start|><|image_pad|><|vision_end|>",
     "video": "<|vision_start|><|video_pad|><|vision_end|>",
 }
-PROCESSOR_OPTIONS = ("min_pixels", "max_pixels", "size", "fps")  # what a request may set
+PROCESSOR_OPTIONS = {  # what a request may set
+    MODEL_TYPE: ("min_pixels", "max_pixels", "size", "fps"),
+    GRAFT: ("min_pixels", "max_pixels"),
+}
 EDGES = ("shortest_edge", "longest_edge")
 FRAME_RATES = (0.001, 240)  # from a frame in a quarter of an hour to slow motion; see `qwen_merge.video`
 
 
 def hook_placeholders() -> None:
-    """Let vLLM's chat parser know this model type.
+    """Let vLLM's chat parser know these model types.
 
     Symptom: "Unknown image model type: qwen2_5_vl_merge". vLLM 0.9.1 decides by a chain of names inside
     `BaseMultiModalItemTracker._placeholder_str`; 0.12 asks the model class (`get_placeholder_str`).
@@ -29,12 +32,27 @@ def hook_placeholders() -> None:
 
     @wraps(original)
     def placeholder_str(self, modality, current_count):
-        if self._model_config.hf_config.model_type == MODEL_TYPE and modality in PLACEHOLDERS:
+        config = self._model_config.hf_config
+        if config.model_type == GRAFT:
+            check_kind(modality)
+            ids = [config.vision_start_token_id, config.image_token_id, config.vision_end_token_id]
+            return "".join(self._tokenizer.convert_ids_to_tokens(ids))
+        if config.model_type == MODEL_TYPE and modality in PLACEHOLDERS:
             return PLACEHOLDERS[modality]
         return original(self, modality, current_count)
 
     placeholder_str.__dict__["knows_qwen_merge"] = True
     BaseMultiModalItemTracker._placeholder_str = placeholder_str
+
+
+def check_kind(modality: str) -> None:
+    """What a graft is shown.
+
+    Raises:
+        ValueError: no picture; the server answers 400.
+    """
+    if modality != "image":
+        raise ValueError(f"this model takes pictures and text; the request has {modality} input.")
 
 
 def hook_checks() -> None:
@@ -73,11 +91,12 @@ def _checking(original):
 
 def _check(model_config, prompt) -> None:
     config = model_config.hf_config
-    if config.model_type == MODEL_TYPE and isinstance(prompt, Mapping) and "prompt_token_ids" in prompt:
+    if config.model_type in MODEL_TYPES and isinstance(prompt, Mapping) and "prompt_token_ids" in prompt:
         check_tokens(config, prompt)
         if options := prompt.get("mm_processor_kwargs"):
-            largest = _largest_picture(model_config)
-            check_processor_options(options, largest, _frames(prompt), _longest_videos(config))
+            largest, known = largest_picture(model_config), PROCESSOR_OPTIONS[config.model_type]
+            longest = _longest_videos(config) if "fps" in known else math.inf
+            check_processor_options(options, largest, _frames(prompt), longest, known)
 
 
 def check_tokens(config, prompt: Mapping) -> None:
@@ -105,7 +124,11 @@ def check_tokens(config, prompt: Mapping) -> None:
 
 
 def check_processor_options(
-    options: Mapping, largest: int, frames: Sequence[int] = (), longest: float = math.inf
+    options: Mapping,
+    largest: int,
+    frames: Sequence[int] = (),
+    longest: float = math.inf,
+    known: Sequence[str] = PROCESSOR_OPTIONS[MODEL_TYPE],
 ) -> None:
     """Let `mm_processor_kwargs` say how large pictures are and how fast videos run, and nothing else.
 
@@ -118,14 +141,15 @@ def check_processor_options(
             that can hold the features.
         frames: how many each video of the request has.
         longest: how many seconds the videos together may last, so that their times are positions that exist.
+        known: names of options.
 
     Raises:
         ValueError: another option, or a value out of bounds; the server answers 400.
     """
-    if unknown := sorted(set(options) - set(PROCESSOR_OPTIONS)):
+    if unknown := sorted(set(options) - set(known)):
         raise ValueError(
             f"mm_processor_kwargs: {', '.join(map(str, unknown))} cannot be set by a request; expected "
-            f"{', '.join(PROCESSOR_OPTIONS)}."
+            f"{', '.join(known)}."
         )
     sides = {name: options[name] for name in ("min_pixels", "max_pixels") if name in options}
     if "size" in options:
@@ -175,7 +199,8 @@ def _longest_videos(config) -> float:
     return config.get_text_config().max_position_embeddings / config.vision_config.tokens_per_second
 
 
-def _largest_picture(model_config) -> int:
+def largest_picture(model_config) -> int:
+    """The most pixels that the model's image processor leaves of a picture."""
     from vllm.transformers_utils.processor import cached_image_processor_from_config
 
     processor = cached_image_processor_from_config(model_config)

@@ -8,6 +8,8 @@ Two things, both so that the engine that answers on a CPU is V1, the one that se
 - it refuses float32, because its GPU kernels have none. The CPU's kernels do, and greedy decoding can be compared with
   transformers token by token only in float32.
 
+(And for Qwen3-MoE it takes the experts' CPU kernel in eager mode only: `leave_experts_uncompiled`.)
+
 (The older engine is no way round: its CPU runner mixes up the positions of a batch that holds both pictures and text.)
 """
 
@@ -47,3 +49,19 @@ def _accept_float32() -> None:
 
     is_v1_supported.__dict__["accepts_float32"] = True
     EngineArgs._is_v1_supported_oracle = is_v1_supported
+
+
+def leave_experts_uncompiled(vllm_config) -> None:
+    """As with `enforce_eager`, for a model with experts; to be called before it is made.
+
+    Symptom: "'_OpNamespace' '_moe_C' object has no attribute 'topk_softmax'": where vLLM 0.9.1 compiles, it leaves out
+    its own operators, and what it has in place of the experts' is CUDA's. The CPU's kernel makes itself ready at its
+    first call, which cannot be compiled.
+    """
+    from vllm.model_executor.layers.fused_moe import layer
+    from vllm.platforms import current_platform
+
+    method = layer.UnquantizedFusedMoEMethod
+    if current_platform.is_cpu() and getattr(method, "forward_native", None) is method.forward_cuda:
+        vllm_config.compilation_config.level = 0
+        vllm_config.compilation_config.custom_ops = ["all"]

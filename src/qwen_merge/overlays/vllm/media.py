@@ -16,7 +16,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
-from qwen_merge.overlays.vllm import MODEL_TYPE
+from qwen_merge.overlays.vllm import MODEL_TYPES
 
 DEFAULT_MAX_PIXELS = 64_000_000
 MAX_BYTES = 256 << 20  # of a fetched file
@@ -36,7 +36,7 @@ def hook() -> None:
     def init(self, tracker):
         nonlocal connector_class
         original(self, tracker)
-        if tracker.model_config.hf_config.model_type == MODEL_TYPE:
+        if tracker.model_config.hf_config.model_type in MODEL_TYPES:
             connector_class = connector_class or _limited_connector_class()
             newer = ("media_io_kwargs", "allowed_media_domains")  # options that vLLM 0.12 has and 0.9.1 does not
             options = {name: getattr(self._connector, name) for name in newer if hasattr(self._connector, name)}

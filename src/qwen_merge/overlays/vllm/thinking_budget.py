@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
-from qwen_merge.overlays.vllm import MODEL_TYPE, clients
+from qwen_merge.overlays.vllm import MODEL_TYPES, clients
 
 OPTION = "thinking_budget"
 # The sentence of the Qwen3 report, in the form of Qwen3's model card: the thought it ends is never mid-sentence text
@@ -113,7 +113,7 @@ def _asks(client, params) -> bool:
 
 
 def _asked(model_config, params) -> bool:
-    return OPTION in (getattr(params, "extra_args", None) or {}) and model_config.hf_config.model_type == MODEL_TYPE
+    return OPTION in (getattr(params, "extra_args", None) or {}) and model_config.hf_config.model_type in MODEL_TYPES
 
 
 def checked_budget(params) -> int:

@@ -189,7 +189,7 @@ def prepare_training(
     own = [name for name in ("optimizer", "scheduler") if name in deepspeed_config(args)]
     if own and given_rates(finetuning_args):
         stop(
-            f"The DeepSpeed configuration has its own {' and '.join(own)}, which know one learning rate; the recipe has "
+            f"The DeepSpeed configuration has its own {' and '.join(own)}, which knows one learning rate; the recipe has "
             f"one more for {' and '.join(given_rates(finetuning_args))}. Take them out, as in examples/deepspeed/."
         )
 

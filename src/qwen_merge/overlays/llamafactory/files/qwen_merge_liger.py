@@ -12,13 +12,18 @@ _fused_loss: Optional[Callable] = None
 
 
 def apply_liger_kernel_to_qwen2_5_vl_merge(
-    rope: bool = True, rms_norm: bool = True, swiglu: bool = True, fused_linear_cross_entropy: bool = True
+    rope: bool = True,
+    rms_norm: bool = True,
+    swiglu: bool = True,
+    fused_linear_cross_entropy: bool = True,
+    cross_entropy: bool = False,
 ) -> None:
     r"""Liger's kernels for both towers, before the model is built.
 
     The text tower is transformers' Qwen3, so Liger's own Qwen3 patch serves it. For the fused loss Liger replaces whole
     forward methods, and the one for Qwen2.5-VL does not fit transformers 4.52: here the head calls it, for the
-    positions that carry a label. LLaMA-Factory passes False for trainings that read logits.
+    positions that carry a label. LLaMA-Factory passes False for trainings that read logits, and cross_entropy, of which
+    nothing follows: their loss is not the model's.
     """
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
     from transformers.models.qwen2_5_vl_merge import modeling_qwen2_5_vl_merge
@@ -35,7 +40,12 @@ def liger_kernel_for_graft(config: Any) -> Callable[..., None]:
 
 
 def _apply_to_graft(
-    llm: str, rope: bool = True, rms_norm: bool = True, swiglu: bool = True, fused_linear_cross_entropy: bool = True
+    llm: str,
+    rope: bool = True,
+    rms_norm: bool = True,
+    swiglu: bool = True,
+    fused_linear_cross_entropy: bool = True,
+    cross_entropy: bool = False,
 ) -> None:
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 

@@ -318,11 +318,13 @@ def _patch_cost(model_args, data_args) -> float:
             "each other. Remove neat_packing and packing; group_by_length: true saves padding."
         )
     recipe = getattr(data_args, "finetuning_args", None) or FinetuningArguments()  # set by train/sft/workflow.py
+    adapts = recipe.finetuning_type == "lora"
     return patch_cost(
         config,
         not recipe.freeze_vision_tower,
         not recipe.freeze_multi_modal_projector,
-        not recipe.freeze_language_model and recipe.finetuning_type == "full",
+        not recipe.freeze_language_model and not adapts,
+        adapts,
     )
 
 

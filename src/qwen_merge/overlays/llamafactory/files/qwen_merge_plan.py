@@ -84,11 +84,14 @@ def divided(packs: list[list[int]], group: int) -> list[list[int]]:
     return packs
 
 
-def patch_cost(config, vision_trains: bool, projector_trains: bool, llm_trains: bool) -> float:
+def patch_cost(
+    config, vision_trains: bool, projector_trains: bool, llm_trains: bool, llm_adapts: bool = False
+) -> float:
     r"""Work of one patch in the vision tower and the projector, in tokens of the LLM, by the weights each goes through.
 
     config: a Qwen2_5_VL_MergeConfig or QwenMergeGraftConfig. What trains costs three forwards; what is frozen costs one, and two where it
-    passes a gradient on: the LLM to the projector. Attention's own products are left out.
+    passes a gradient on: the LLM to the projector, and to its own adapters (`llm_adapts`), whose work is left out as
+    attention's own products are.
     """
     graft = getattr(config, "projector_config", None)
     tower, projector = _qwen_merge_weights(config) if graft is None else _graft_weights(config, graft)
@@ -96,7 +99,7 @@ def patch_cost(config, vision_trains: bool, projector_trains: bool, llm_trains: 
     heads = (config.num_attention_heads + config.num_key_value_heads) * head_width
     llm = config.num_hidden_layers * config.hidden_size * (2 * heads + 3 * config.intermediate_size)
     before = (3 if vision_trains else 1) * tower + (3 if projector_trains else 2 if vision_trains else 1) * projector
-    return before / ((3 if llm_trains else 2 if vision_trains or projector_trains else 1) * llm)
+    return before / ((3 if llm_trains else 2 if vision_trains or projector_trains or llm_adapts else 1) * llm)
 
 
 def _qwen_merge_weights(config) -> tuple[float, float]:

@@ -1,0 +1,243 @@
+"""The Simple-VL recipe at tiny size, as it is typed: graft, two stages of ms-swift, infer, deploy, EvalScope.
+
+The pictures are red or blue, so what a trained model has to answer is known, and with it the score.
+"""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import grafts
+from qwen_merge import cli
+from qwen_merge.architecture.modeling_qwen2_5_vl_merge import disk_name
+from serving import Server, data_url, png, said
+from training import REPOSITORY
+
+pytestmark = pytest.mark.slow
+
+# As VLMEvalKit asks it.
+QUESTION = (
+    "Question: What colour is it?\nOptions:\nA. red\nB. blue\n"
+    "Please select the correct answer from the options above. \n"
+)
+COLOURS = {"A": (255, 0, 0), "B": (0, 0, 255)}
+SIZES = ((56, 56), (84, 56))
+TINY = ("--torch_dtype", "float32", "--dataloader_num_workers", "0", "--dataset_num_proc", "1", "--seed", "1")
+STEPS = ("--gradient_accumulation_steps", "1", "--warmup_ratio", "0", "--logging_steps", "1")
+
+
+def script(step: str, *options, code: int = 0, **environment) -> str:
+    """What `scripts/simple_vl.sh` prints."""
+    result = subprocess.run(
+        ["bash", REPOSITORY / "scripts/simple_vl.sh", step, *map(str, options)],
+        cwd=REPOSITORY,
+        env={
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            **{name: str(value) for name, value in environment.items()},
+        },
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert result.returncode == code, result.stdout[-6000:]
+    return result.stdout
+
+
+class Deployed(Server):
+    """`scripts/simple_vl.sh deploy`."""
+
+    def __init__(self, folder: Path, *options: str, **environment: str):
+        self.start(["scripts/simple_vl.sh", "deploy", *TINY[:2], "--temperature", "0", *options], folder, **environment)
+
+
+def answer(server: Server, colour: tuple[int, int, int]) -> str:
+    body = {"model": "Simple-VL", "max_tokens": 4}
+    return said(server.answer(data_url(png((56, 56), colour)), QUESTION, **body))[0]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Sources, the recipe's own graft files with these sources in them, and rows to train on."""
+    folder = tmp_path_factory.mktemp("simple_vl")
+    sources = {
+        "vision": grafts.make_tower(folder / "vlm", "qwen2_5_vl"),
+        "llm": grafts.make_llm(folder / "llm", tied=False, dtype="float32", hidden_size=128),
+    }
+    for name in ("graft", "graft_stock"):
+        recipe = yaml.safe_load((REPOSITORY / f"examples/simple_vl/{name}.yaml").read_text())
+        for part, source in sources.items():
+            recipe[part]["source"] = str(source)
+        recipe["output"] = str(folder / name)
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+    rows = []
+    for letter, colour in COLOURS.items():
+        for size in SIZES * 2:
+            file = folder / f"{letter}-{size[0]}.png"
+            file.write_bytes(png(size, colour))
+            messages = [{"role": "user", "content": f"<image>{QUESTION}"}, {"role": "assistant", "content": letter}]
+            rows.append({"messages": messages, "images": [str(file)]})
+    (folder / "train.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def environment(folder) -> dict[str, str]:
+    """Of every step."""
+    return {
+        "GRAFT": str(folder / "graft.yaml"),
+        "OUTPUT": str(folder / "out"),
+        "DATASET": str(folder / "train.jsonl"),
+        "LMUData": str(folder / "lmu"),
+    }
+
+
+@pytest.fixture(scope="module")
+def base(folder, environment) -> Path:
+    script("graft", **environment)
+    return folder / "graft"
+
+
+@pytest.fixture(scope="module")
+def stage1(folder, base, environment) -> Path:
+    script("stage1", *TINY, *STEPS, "--num_train_epochs", "1", "--learning_rate", "1e-3", **environment)
+    return folder / "out/stage1/checkpoint-4"
+
+
+@pytest.fixture(scope="module")
+def stage2(folder, stage1, environment) -> Path:
+    script("stage2", *TINY, *STEPS, "--num_train_epochs", "6", "--learning_rate", "2e-3", **environment)
+    return folder / "out/stage2/checkpoint-24"
+
+
+@pytest.fixture(scope="module")
+def starting(folder, stage2, environment):
+    """The trained graft, by vLLM, whose start takes as long as what is done meanwhile."""
+    server = Deployed(folder, "--infer_backend", "vllm", "--vllm_max_model_len", "512", **environment)
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def served(starting):
+    starting.wait(600)
+    return starting
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return {disk_name(name): weight for name, weight in load_file(checkpoint / "model.safetensors").items()}
+
+
+def changed(before: Path, after: Path) -> tuple[set[str], set[str]]:
+    """(names of the tensors that differ, all names)."""
+    first, second = weights(before), weights(after)
+    assert set(first) == set(second)
+    return {name for name in first if not torch.equal(first[name], second[name])}, set(first)
+
+
+def test_the_recipe_is_the_published_one():
+    recipe = yaml.safe_load((REPOSITORY / "examples/simple_vl/graft.yaml").read_text())
+    stock = yaml.safe_load((REPOSITORY / "examples/simple_vl/graft_stock.yaml").read_text())
+    assert recipe["vision"] == {"source": "Qwen/Qwen2.5-VL-7B-Instruct", "max_pixels": 1003520}
+    assert recipe["llm"] == {"source": "Qwen/Qwen3-8B"}
+    assert recipe["projector"] == {"kind": "patch_merger"}
+    assert {**recipe, "architecture": "qwen2_5_vl", "output": stock["output"]} == stock
+
+
+def test_stage_1_changes_the_aligner_and_nothing_else(base, stage1):
+    different, names = changed(base, stage1)
+    assert different == {name for name in names if name.startswith("projector.")}
+    assert len(different) == 5
+    settings = json.loads((stage1 / "args.json").read_text())
+    published = {"per_device_train_batch_size": 2, "max_length": 8192, "train_type": "full", "save_steps": 1000}
+    assert {name: settings[name] for name in published} == published
+    assert sorted(path.name for path in stage1.glob("*.py")) == sorted(path.name for path in base.glob("*.py"))
+
+
+def test_stage_2_changes_everything(stage1, stage2):
+    different, names = changed(stage1, stage2)
+    assert different == names  # tower, projector and LLM with its q/k norms, tensor by tensor
+    assert any(name.endswith("q_norm.weight") for name in different)
+
+
+def test_infer_answers_the_rows(folder, starting, environment):
+    result = folder / "answers.jsonl"
+    options = ("--val_dataset", folder / "train.jsonl", "--result_path", result, "--max_new_tokens", "4")
+    script("infer", *options, "--temperature", "0", **environment)
+    rows = [json.loads(line) for line in result.read_text().splitlines()]
+    assert len(rows) == 8
+    assert [row["response"] for row in rows] == [row["labels"] for row in rows]
+    assert {row["response"] for row in rows} == {"A", "B"}  # by the picture: the questions are the same
+
+
+def test_the_served_model_sees_what_it_was_trained_on(served):
+    assert [answer(served, colour) for colour in COLOURS.values()] == ["A", "B"]
+
+
+def test_evalscope_scores_the_served_model(folder, served, environment):
+    """Four questions, of which the last has a wrong key: three quarters are right."""
+    lines = ["\t".join(("index", "question", "A", "B", "answer", "category", "image"))]
+    for number, (shown, key) in enumerate(("AA", "BB", "AA", "BA")):
+        picture = base64.b64encode(png(SIZES[number % 2], COLOURS[shown])).decode()
+        lines.append("\t".join((str(number), "What colour is it?", "red", "blue", key, "colour", picture)))
+    (folder / "lmu").mkdir()
+    (folder / "lmu/Colours.tsv").write_text("\n".join(lines) + "\n")
+    options = ("--url", f"{served.url}/v1/chat/completions", "--data", "Colours", "--nproc", "2", "--temperature", "0")
+    script("evaluate", *options, "--max-tokens", "4", **environment)
+    import pandas
+
+    (results,) = folder.glob("out/evaluation/*/Simple-VL")
+    predictions = pandas.read_excel(results / "Simple-VL_Colours.xlsx")
+    assert predictions.sort_values("index")["prediction"].tolist() == ["A", "B", "A", "B"]
+    scores = pandas.read_csv(results / "Simple-VL_Colours_acc.csv")
+    assert scores["Overall"].tolist() == [0.75]
+
+
+def test_the_stock_graft_is_served_without_vllm(folder, environment):
+    """Untrained, under the kit's template: what it says is what transformers makes of the same prompt."""
+    from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
+    assert cli.main(["graft", str(folder / "graft_stock.yaml"), "--no-measure"]) == 0
+    checkpoint = folder / "graft_stock"
+    server = Deployed(
+        folder, "--infer_backend", "pt", "--served_model_name", "stock", **{**environment, "MODEL": str(checkpoint)}
+    )
+    try:
+        server.wait()
+        picture = png((84, 56), (200, 10, 40))
+        found, tokens = said(server.answer(data_url(picture), "What is it?", model="stock", max_tokens=6))
+    finally:
+        server.stop()
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint, torch_dtype="float32").eval()
+    prompt = (
+        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>What is it?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    from serving import decoded
+
+    inputs = processor(text=[prompt], images=[decoded(picture)], return_tensors="pt")
+    generated = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    length = inputs["input_ids"].shape[1]
+    assert tokens == length
+    assert found == processor.tokenizer.decode(generated[0, length:], skip_special_tokens=False)
+
+
+def test_what_cannot_go_on_is_said(folder, tmp_path):
+    elsewhere = {"GRAFT": str(folder / "graft.yaml"), "OUTPUT": str(tmp_path), "DATASET": "rows.jsonl"}
+    assert "unknown step stage3" in script("stage3", code=2)
+    assert "there is no checkpoint in" in script("stage2", code=2, **elsewhere)
+    assert "is not a file" in script("stage1", code=2, GRAFT=str(tmp_path / "none.yaml"))
+    assert "DATASET is not set" in script(
+        "stage1", code=2, **{**elsewhere, "DATASET": "", "MODEL": str(folder / "llm")}
+    )
