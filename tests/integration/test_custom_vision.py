@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import grafts
+import own_encoder
 from clips import write_clip
 from own_sets import row, turns, write_sets
 from qwen_merge import cli
@@ -211,6 +212,17 @@ def test_two_stages(base, trained):
 def test_the_encoder_trains_at_a_rate_of_its_own(taught, trained):
     expected = {"vision": 1e-6, "projector": 1e-5, "LLM": 1e-5}
     assert steps(taught, trained("encoder", taught)) == pytest.approx(expected, rel=0.05)
+
+
+def test_an_encoder_of_one_s_own_trains_as_any_other(checkout, base, sources, trained):
+    weights, code = own_encoder.make(checkout / "own")
+    vision, graft = {"code": str(code)}, checkout / "own-base"
+    file = grafts.write_recipe(checkout / "own.yaml", weights, "linear", sources / "qwen3_vl", graft, vision=vision)
+    assert cli.main(["graft", str(file)]) == 0
+    values = {"freeze_vision_tower": False, "vision_learning_rate": 1e-6}
+    output = trained("one_stage", graft, **values)
+    assert steps(graft, output) == pytest.approx({"vision": 1e-6, "projector": 2e-5, "LLM": 1e-5}, rel=0.05)
+    assert (output / "adapter_model.safetensors").is_file()
 
 
 # Pixels
