@@ -258,28 +258,3 @@ def test_an_interpolated_encoder_keeps_the_shape_within_the_seed_s_pixels(checko
     with torch.no_grad():
         features = model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
     assert features.shape == (rows * columns, model.config.hidden_size)
-
-
-# The step before: Qwen3-VL as it is
-
-
-@pytest.mark.skipif(not grafts.HAS_QWEN3_VL, reason="Qwen3-VL needs transformers 4.57, the second stack's")
-def test_the_baseline_trains_qwen3_vl_s_own_projector_and_adapters(tmp_path, monkeypatch):
-    monkeypatch.setenv("LLAMAFACTORY_VERBOSITY", "ERROR")
-    model = grafts.make_qwen3_vl(tmp_path / "model", tied=True)
-    grey(tmp_path / "pictures/0.png", 200)
-    write_sets(tmp_path, {"mine": [row(number, "<image>\nWhich?", image="0.png") for number in range(8)]})
-    assert (
-        cli.main(["data", "import", "mine%50", "--sets", f"{tmp_path}/sets.yaml", "--output", f"{tmp_path}/data"]) == 0
-    )
-    values = {**ON, "dataset": "mine%50", "per_device_train_batch_size": 2}
-    train_here(RECIPES / "baseline.yaml", model=model, output=tmp_path / "out", data=tmp_path / "data", **values)
-    old, saved = load_file(model / "model.safetensors"), load_file(tmp_path / "out/adapter_model.safetensors")
-    whole = {name.removeprefix("base_model.model."): tensor for name, tensor in saved.items() if ".lora_" not in name}
-    assert set(whole) == {name for name in old if name.startswith("model.visual.merger.")}
-    assert max(float((tensor - old[name]).abs().max()) for name, tensor in whole.items()) == pytest.approx(
-        1e-5, rel=0.05
-    )
-    low_rank = {name: tensor for name, tensor in saved.items() if ".lora_B." in name}
-    assert all("model.language_model.layers." in name for name in low_rank)
-    assert max(float(tensor.abs().max()) for tensor in low_rank.values()) == pytest.approx(1e-5, rel=0.05)
