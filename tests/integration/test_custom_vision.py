@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import grafts
+import own_encoder
 from clips import write_clip
 from own_sets import row, turns, write_sets
 from qwen_merge import cli
@@ -213,6 +214,17 @@ def test_the_encoder_trains_at_a_rate_of_its_own(taught, trained):
     assert steps(taught, trained("encoder", taught)) == pytest.approx(expected, rel=0.05)
 
 
+def test_an_encoder_of_one_s_own_trains_as_any_other(checkout, base, sources, trained):
+    weights, code = own_encoder.make(checkout / "own")
+    vision, graft = {"code": str(code)}, checkout / "own-base"
+    file = grafts.write_recipe(checkout / "own.yaml", weights, "linear", sources / "qwen3_vl", graft, vision=vision)
+    assert cli.main(["graft", str(file)]) == 0
+    values = {"freeze_vision_tower": False, "vision_learning_rate": 1e-6}
+    output = trained("one_stage", graft, **values)
+    assert steps(graft, output) == pytest.approx({"vision": 1e-6, "projector": 2e-5, "LLM": 1e-5}, rel=0.05)
+    assert (output / "adapter_model.safetensors").is_file()
+
+
 # Pixels
 
 
@@ -246,28 +258,3 @@ def test_an_interpolated_encoder_keeps_the_shape_within_the_seed_s_pixels(checko
     with torch.no_grad():
         features = model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
     assert features.shape == (rows * columns, model.config.hidden_size)
-
-
-# The step before: Qwen3-VL as it is
-
-
-@pytest.mark.skipif(not grafts.HAS_QWEN3_VL, reason="Qwen3-VL needs transformers 4.57, the second stack's")
-def test_the_baseline_trains_qwen3_vl_s_own_projector_and_adapters(tmp_path, monkeypatch):
-    monkeypatch.setenv("LLAMAFACTORY_VERBOSITY", "ERROR")
-    model = grafts.make_qwen3_vl(tmp_path / "model", tied=True)
-    grey(tmp_path / "pictures/0.png", 200)
-    write_sets(tmp_path, {"mine": [row(number, "<image>\nWhich?", image="0.png") for number in range(8)]})
-    assert (
-        cli.main(["data", "import", "mine%50", "--sets", f"{tmp_path}/sets.yaml", "--output", f"{tmp_path}/data"]) == 0
-    )
-    values = {**ON, "dataset": "mine%50", "per_device_train_batch_size": 2}
-    train_here(RECIPES / "baseline.yaml", model=model, output=tmp_path / "out", data=tmp_path / "data", **values)
-    old, saved = load_file(model / "model.safetensors"), load_file(tmp_path / "out/adapter_model.safetensors")
-    whole = {name.removeprefix("base_model.model."): tensor for name, tensor in saved.items() if ".lora_" not in name}
-    assert set(whole) == {name for name in old if name.startswith("model.visual.merger.")}
-    assert max(float((tensor - old[name]).abs().max()) for name, tensor in whole.items()) == pytest.approx(
-        1e-5, rel=0.05
-    )
-    low_rank = {name: tensor for name, tensor in saved.items() if ".lora_B." in name}
-    assert all("model.language_model.layers." in name for name in low_rank)
-    assert max(float(tensor.abs().max()) for tensor in low_rank.values()) == pytest.approx(1e-5, rel=0.05)

@@ -29,7 +29,14 @@ except ImportError:  # before 4.57
 # Towers of Qwen's VLMs, which take any grid of patches and videos; the others take pictures. The Auto classes know only
 # whole models under these names.
 NATIVE_TOWERS = {"qwen2_vl": Qwen2VLVisionConfig, "qwen2_5_vl": Qwen2_5_VLVisionConfig, "qwen3_vl": Qwen3VLVisionConfig}
-PICTURE_TOWERS = ("clip_vision_model", "siglip_vision_model", "siglip2_vision_model", "dinov2", "dinov2_with_registers")
+PICTURE_TOWERS = (
+    "clip_vision_model",
+    "siglip_vision_model",
+    "siglip2_vision_model",
+    "dinov2",
+    "dinov2_with_registers",
+    "custom",
+)
 
 _STEM = "qwen_merge_graft"
 _FOR_GENERATION = f"modeling_{_STEM}.QwenMergeGraftForConditionalGeneration"
@@ -40,6 +47,32 @@ AUTO_MAP = {
     "AutoModelForVision2Seq": _FOR_GENERATION,
     "AutoModelForCausalLM": _FOR_GENERATION,
 }
+
+
+class CustomVisionConfig(PretrainedConfig):
+    """What the `config.json` of a user's own encoder says (`encoder_qwen_merge_graft.py`).
+
+    Args:
+        hidden_size: of a token. patch_size: pixels on its side. image_size: pixels on the side of a picture.
+        num_hidden_layers, intermediate_size: for estimates of what a picture costs.
+    """
+
+    model_type = "custom"
+
+    def __init__(
+        self,
+        hidden_size: int = 0,
+        patch_size: int = 0,
+        image_size: int = 0,
+        num_channels: int = 3,
+        num_hidden_layers: int = 12,
+        intermediate_size: int = 3072,
+        **kwargs,
+    ):
+        self.hidden_size, self.patch_size, self.image_size = hidden_size, patch_size, image_size
+        self.num_channels, self.num_hidden_layers = num_channels, num_hidden_layers
+        self.intermediate_size = intermediate_size
+        super().__init__(**kwargs)
 
 
 def vision_config_of(values: dict[str, Any]) -> PretrainedConfig:
@@ -53,6 +86,11 @@ def vision_config_of(values: dict[str, Any]) -> PretrainedConfig:
     check_version(kind)
     if kind in NATIVE_TOWERS:
         return NATIVE_TOWERS[kind](**values)
+    if kind == "custom":
+        for name in ("hidden_size", "patch_size", "image_size"):
+            if type(values.get(name)) is not int or values[name] < 1:
+                raise ValueError(f"the encoder's config.json has {name} {values.get(name)!r}; expected a number")
+        return CustomVisionConfig(**values)
     # The Auto classes of 4.52 know no SigLIP2 of any size; what is published as SigLIP2 of one size is a SigLIP.
     make = Siglip2VisionConfig if kind == "siglip2_vision_model" else CONFIG_MAPPING[kind]
     return make(**{name: value for name, value in values.items() if name != "model_type"})

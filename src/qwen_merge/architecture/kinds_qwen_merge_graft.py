@@ -25,6 +25,7 @@ CODE = (
     "kinds_qwen_merge_graft",
     "configuration_qwen_merge_graft",
     "projectors_qwen_merge_graft",
+    "encoder_qwen_merge_graft",
     "towers_qwen_merge_graft",
     "modeling_qwen_merge_graft",
     "processing_qwen_merge_graft",

@@ -21,6 +21,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeModel, load
 # is named here.
 from .configuration_qwen2_5_vl_merge import Qwen2_5_VL_MergeConfig  # noqa: F401
 from .configuration_qwen_merge_graft import QwenMergeGraftConfig
+from .encoder_qwen_merge_graft import Encoder  # noqa: F401
 from .kinds_qwen_merge_graft import CODE  # noqa: F401
 from .modeling_qwen2_5_vl_merge import (
     PACKED,

@@ -6,6 +6,7 @@ before any projector, (patches, tower width), in the same order.
 """
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransforme
 from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionModel
 
 from .configuration_qwen_merge_graft import QwenMergeGraftConfig
+from .encoder_qwen_merge_graft import Encoder
 from .projectors_qwen_merge_graft import Grids, in_rows, in_units
 from .vision_qwen2_5_vl_merge import Qwen2_5_VL_MergeVisionTransformer
 
@@ -71,8 +73,36 @@ class PictureTower:
         return _of_pictures(super().forward, patches, grids, config)  # type: ignore[misc]
 
 
+class OwnEncoder(nn.Module):
+    """A user's own encoder, asked as one of transformers' is."""
+
+    def __init__(self, config):
+        super().__init__()
+        if Encoder is None:
+            raise ValueError(
+                "this graft's encoder is code in its own folder; load it through transformers with "
+                "trust_remote_code=True. What runs the installed package's classes (vLLM) has no place for it."
+            )
+        self.encoder = Encoder(config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def forward(self, pixel_values: torch.Tensor, **_: Any) -> SimpleNamespace:
+        """(pictures, channels, height, width) -> `last_hidden_state`, (pictures, tokens, tower width)."""
+        output = self.encoder(pixel_values=pixel_values)
+        return SimpleNamespace(last_hidden_state=getattr(output, "last_hidden_state", output))
+
+
+class GraftOwnEncoder(PictureTower, OwnEncoder):  # type: ignore[misc]
+    pass
+
+
 def tower_of(config: QwenMergeGraftConfig) -> nn.Module:
     vision = config.vision_config
+    if vision.model_type == "custom":
+        return GraftOwnEncoder(vision)
     native: dict[str, Any] = {"qwen2_vl": GraftQwen2VisionTransformer, "qwen2_5_vl": GraftQwen2_5_VisionTransformer}
     if vision.model_type == "qwen3_vl":
         return _qwen3_vl(vision)

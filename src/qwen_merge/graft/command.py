@@ -9,6 +9,7 @@ EPILOG = """\
 A file says which vision tower, projector and LLM are joined:
 
   vision:    {source: google/siglip2-so400m-patch16-384}   # also CLIP, DINOv2, Qwen2-VL, Qwen2.5-VL, Qwen3-VL
+  #          {source: my_weights, code: my_encoder.py}     # your own PyTorch: architecture/encoder_qwen_merge_graft.py
   projector: {kind: mlp, merge_size: 2}                   # own, extended, patch_merger, linear, mlp, resampler
   llm:       {source: Qwen/Qwen3-4B}                      # Qwen3, Qwen3-MoE, Qwen2.5; the one in a Qwen3-VL
   positions: mrope                                        # mrope-2d, 1d

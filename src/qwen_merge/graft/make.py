@@ -8,7 +8,7 @@ from typing import Any
 
 from qwen_merge.architecture import GRAFT_CODE_FILES
 from qwen_merge.errors import UserError
-from qwen_merge.graft import llms, stock
+from qwen_merge.graft import llms, own_encoder, stock
 from qwen_merge.graft import plan as planning
 from qwen_merge.graft.recipe import STOCK, Recipe, Tokens, pixels
 from qwen_merge.graft.tokens import add_missing
@@ -52,7 +52,8 @@ def draft(recipe: Recipe) -> Drafted:
     companions = companion_files.of_the_llm(llm, {})
     rows, new_rows = add_missing(companions, recipe.tokens, llms.text_fields(sources.llm_config).get("vocab_size"))
     config = planning.graft_config(recipe, sources, companions.token_ids, rows)
-    plan = planning.graft_plan(sources, config, new_rows)
+    with own_encoder.known(recipe.vision.code, config.vision_config):
+        plan = planning.graft_plan(sources, config, new_rows)
     plan.notes.extend(companions.notes)
     _add_files(companions, recipe, sources, config)
     return Drafted(*place, sources, plan, companions)
@@ -122,6 +123,8 @@ def _add_files(companions: companion_files.Companions, recipe: Recipe, sources: 
     _spell_tokens(companions, recipe.tokens)
     for path in GRAFT_CODE_FILES:
         companions.files[path.name] = path.read_bytes()
+    if recipe.vision.code is not None:
+        companions.files[own_encoder.FILE] = Path(recipe.vision.code).expanduser().read_bytes()
 
 
 def _own_processor(sources: planning.Sources) -> tuple[str, Any]:

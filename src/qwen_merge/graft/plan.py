@@ -16,7 +16,7 @@ from qwen_merge.errors import UserError
 from qwen_merge.graft import llms
 from qwen_merge.graft.llms import NOT_CARRIED, Found, of_the_llm, text_fields
 from qwen_merge.graft.recipe import Recipe, Tokens, Vision, pixels
-from qwen_merge.graft.towers import TOWERS, Tower, deepstack_note, mergers_of, of_the_tower, tower_for
+from qwen_merge.graft.towers import OWN, TOWERS, Tower, deepstack_note, mergers_of, of_the_tower, tower_for
 from qwen_merge.merger.plan import LISTED, READABLE, SHOWN, MergePlan, NewRows, PlannedTensor, settle_dtype
 from qwen_merge.merger.sources import Source
 
@@ -42,6 +42,8 @@ def identify(recipe: Recipe, vision: Source, llm: Source) -> Sources:
     """
     vision_config, llm_config = vision.read_json("config.json"), llm.read_json("config.json")
     tower, problems = tower_for(vision_config.get("model_type")), []
+    if recipe.vision.code is not None:
+        tower, vision_config = OWN, {**vision_config, "model_type": OWN.kind}
     if tower is None:
         known = sorted({name for row in TOWERS for name in row.sources})
         problems.append(f"vision: model_type {vision_config.get('model_type')!r}; expected one of {', '.join(known)}")
@@ -81,7 +83,7 @@ def _pair_problems(recipe: Recipe, tower: Tower) -> list[str]:
         problems.append(f"vision.resolution native: {tower.kind} was trained at one size; say fixed or interpolated")
     if not tower.any_size and vision.resolution != "interpolated" and (vision.min_pixels or vision.max_pixels):
         problems.append(f"vision.min_pixels, max_pixels: {tower.kind} takes one size; say resolution: interpolated")
-    if tower.merger and vision.layer != -1:
+    if (tower.merger or tower is OWN) and vision.layer != -1:
         problems.append(f"vision.layer {vision.layer}: of {tower.kind} only the result can be taken")
     return problems
 

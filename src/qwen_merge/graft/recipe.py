@@ -33,6 +33,7 @@ class Vision:
     layer: whose output is taken (-1: the tower's result). frozen: it does not train unless a trainer says so.
     resolution: "native" any size, "fixed" the tower's own, "interpolated" any size for a tower with one.
     min_pixels, max_pixels: of a picture of any size (default: `PIXELS`).
+    code: the file of a user's own encoder, whose weights are the source's (`own_encoder.py`).
     deepstack: whether Qwen3-VL's tower adds what it saw on the way to the LLM's first layers; null: with projector own.
     """
 
@@ -44,6 +45,7 @@ class Vision:
     min_pixels: int | None = None
     max_pixels: int | None = None
     deepstack: bool | None = None
+    code: str | None = None
 
 
 @dataclass(frozen=True)

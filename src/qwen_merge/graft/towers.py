@@ -77,6 +77,9 @@ TOWERS = (
 )
 
 
+OWN = Tower("custom", (), (("", "encoder."),))  # a user's own encoder (`own_encoder.py`)
+
+
 def tower_for(model_type: object) -> Tower | None:
     return next((tower for tower in TOWERS if model_type in tower.sources), None)
 
