@@ -346,3 +346,24 @@ def test_memory_does_not_grow_with_the_annotations(tmp_path):
     assert large[1] > 9 * small[1]
     assert large[0] < 1.2 * small[0]
     assert large[0] < large[1] / 2
+
+
+def test_an_import_that_was_stopped_begins_again(folder, monkeypatch):
+    from qwen_merge.data import own_import
+
+    write_sets(folder, {"mine": SOUND})
+    check, seen = own_import.pictures.check, []
+
+    def stopped(data, *more):
+        seen.append(data)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return check(data, *more)
+
+    monkeypatch.setattr(own_import.pictures, "check", stopped)
+    assert run(folder, "mine") == 130
+    assert not (folder / "data/mine").exists()
+    assert not (folder / "data/dataset_info.json").exists()
+    assert run(folder, "mine") == 0
+    assert len(rows_of(folder, "mine")) == 4
+    assert [path.name for path in (folder / "data").iterdir() if path.is_dir()] == ["mine"]

@@ -46,12 +46,20 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a set when the new one is complete")
     video = parser.add_argument_group("videos", "become pictures, taken evenly from first frame to last")
-    video.add_argument("--video-fps", type=rate, default=2.0, help="frames a second (default: %(default)s)")
-    video.add_argument("--video-min-frames", type=at_least(1), default=4, help="of a video (default: %(default)s)")
-    video.add_argument("--video-max-frames", type=at_least(1), default=8, help="of a video (default: %(default)s)")
-    video.add_argument("--video-min-pixels", type=pixels, default="256*28*28", help="of a frame (default: %(default)s)")
     video.add_argument(
-        "--video-max-pixels", type=pixels, default="1024*28*28", help="of a frame (default: %(default)s)"
+        "--video-fps", metavar="N", type=rate, default=2.0, help="frames a second (default: %(default)s)"
+    )
+    video.add_argument(
+        "--video-min-frames", metavar="N", type=at_least(1), default=4, help="of a video (default: %(default)s)"
+    )
+    video.add_argument(
+        "--video-max-frames", metavar="N", type=at_least(1), default=8, help="of a video (default: %(default)s)"
+    )
+    video.add_argument(
+        "--video-min-pixels", metavar="N", type=pixels, default="256*28*28", help="of a frame (default: %(default)s)"
+    )
+    video.add_argument(
+        "--video-max-pixels", metavar="N", type=pixels, default="1024*28*28", help="of a frame (default: %(default)s)"
     )
     parser.set_defaults(run=_run)
 
