@@ -84,7 +84,7 @@ def train(stage: Stage, values: dict[str, Any]) -> Path:
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
-        """Of the processor, on one thread: who else uses the machine makes no difference."""
+        """Of the processor, on one thread: who else uses the machine makes little difference."""
 
         def on_train_begin(self, args, state, control, **kwargs):
             self.began = time.process_time()
