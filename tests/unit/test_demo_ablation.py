@@ -28,7 +28,7 @@ def run_of(colour: float, number: float, **values) -> dict:
         "tokens": 9,
         "projector_parameters": 1234,
         "trained_parameters": 1234,
-        "train_seconds": 10.0,
+        "cpu_seconds": 10.0,
         "seconds": 20.0,
         **values,
     }

@@ -22,7 +22,7 @@ COLUMNS: tuple[tuple[str, Callable[[Run], float], str, bool], ...] = (
     ("trained in stage 2", lambda run: run["trained_parameters"], "{:,.0f}", False),
     ("answer loss", lambda run: run["answer_loss"], "{:.3f}", True),
     ("caption loss", lambda run: run["caption_loss"], "{:.3f}", True),
-    ("seconds of training", lambda run: run["train_seconds"], "{:.0f}", True),
+    ("CPU seconds of training", lambda run: run["cpu_seconds"], "{:.0f}", True),
 )
 
 
