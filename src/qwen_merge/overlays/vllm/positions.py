@@ -42,8 +42,8 @@ class ServedGraftConfig(QwenMergeGraftConfig):
                 f"this graft has positions mrope and an LLM with rope_scaling of type {settings['rope_type']!r}; vLLM "
                 "serves the two together for none. Take the LLM without it, or make the graft with positions: 1d."
             )
-        mrope = {"mrope_section": list(self.mrope_section or ()), "mrope_interleaved": self.mrope_interleaved}
-        self.text_config.rope_scaling = {**settings, **mrope}
+        turns = {"mrope_interleaved": True} if self.mrope_interleaved else {}
+        self.text_config.rope_scaling = {**settings, "mrope_section": list(self.mrope_section or ()), **turns}
 
 
 def interleave(language_model: nn.Module) -> None:
