@@ -84,3 +84,15 @@ def test_in_process_a_video_s_time_is_that_of_its_frames(tmp_path, tied):
     assert inputs["video_grid_thw"][:, 0].tolist() == [2]
     assert inputs["second_per_grid_ts"].tolist() == [0.5]
     assert "second_per_grid_ts" not in answerer.inputs([question("What?")])  # control: no video, no time
+
+
+def test_an_answer_ends_where_the_tokenizer_says_without_a_generation_config(tied):
+    answerer = InProcess(tied.merged, Settings(max_tokens=3, temperature=0, top_p=1, top_k=1, seed=0, thinking=True))
+    answerer.model.generation_config.eos_token_id = None
+    list(answerer.answer([question("What?")]))
+    assert answerer.cut_off  # control
+    inputs, tokenizer = answerer.inputs([question("What?")]), answerer.processor.tokenizer
+    first = answerer.model.generate(**inputs, max_new_tokens=1, do_sample=False)[0, -1].item()
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(first)
+    list(answerer.answer([question("What?")]))
+    assert not answerer.cut_off

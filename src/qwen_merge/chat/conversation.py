@@ -137,6 +137,9 @@ class InProcess:
         }
         config = self.model.config  # an answer holds no placeholder of a picture, as in vLLM
         torch.manual_seed(self.settings.seed)
+        ends = self.model.generation_config.eos_token_id
+        if ends is None:  # a checkpoint without generation_config.json: its tokenizer knows
+            ends = self.processor.tokenizer.eos_token_id
         failures: list[BaseException] = []
 
         def generate() -> None:
@@ -144,13 +147,14 @@ class InProcess:
                 tokens = self.model.generate(
                     **inputs,
                     **sampling,
+                    eos_token_id=ends,
                     max_new_tokens=self.settings.max_tokens,
                     suppress_tokens=[config.image_token_id, config.video_token_id, config.vision_start_token_id],
                     streamer=streamer,
                 )
                 new = tokens.shape[1] - inputs["input_ids"].shape[1]
-                ends = torch.tensor(self.model.generation_config.eos_token_id)
-                self.cut_off = new >= self.settings.max_tokens and not torch.isin(tokens[0, -1].cpu(), ends).item()
+                ended = torch.isin(tokens[0, -1].cpu(), torch.tensor(ends)).item()
+                self.cut_off = new >= self.settings.max_tokens and not ended
             except BaseException as error:  # handed over to the thread that waits for text
                 failures.append(error)
                 streamer.end()
