@@ -11,6 +11,7 @@ import numpy
 import transformers
 from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_transforms import convert_to_rgb, resize
 from transformers.image_utils import (
     ChannelDimension,
@@ -64,7 +65,12 @@ class QwenMergeGraftImageProcessor(Qwen2VLImageProcessor):
         factor = self.patch_size * self.factor
         if min(height, width) < factor:  # transformers 4.57 would take it
             raise ValueError(f"height:{height} and width:{width} must be larger than factor:{factor}")
-        return smart_resize(height, width, factor=factor, **bounds)
+        rows, columns = smart_resize(height, width, factor=factor, **bounds)
+        if min(rows, columns) > 0:
+            return rows, columns
+        # Rounded down to nothing: one row of tokens, or one column, as long as the bound allows.
+        longest = max(factor, bounds["max_pixels"] // factor // factor * factor)
+        return max(factor, min(rows, longest)), max(factor, min(columns, longest))
 
     def of_videos(self, videos, return_tensors=None, **bounds) -> BatchFeature:
         """Videos, each its frames -> `pixel_values_videos` (patches, ...) and `video_grid_thw` (videos, 3).
@@ -105,8 +111,7 @@ class QwenMergeGraftImageProcessor(Qwen2VLImageProcessor):
         return super()._preprocess(resized, **{**kwargs, "do_resize": False})
 
     def _resized(self, image, size: dict[str, int]):
-        array = to_numpy_array(convert_to_rgb(image))
-        layout = ChannelDimension.LAST if hasattr(image, "convert") else infer_channel_dimension_format(array)
+        array, layout = _array(image)
         height, width = get_image_size(array, channel_dim=layout)
         target = self._target(height, width, size)
         return resize(array, size=target, resample=self.resample, input_data_format=layout)
@@ -114,15 +119,39 @@ class QwenMergeGraftImageProcessor(Qwen2VLImageProcessor):
     def _of_the_tower(self, images):
         if not hasattr(self, "_own"):
             settings = dict(self.tower_processor or {})
-            self._own = getattr(transformers, settings.pop("image_processor_type"))(**settings)
+            self._own = image_processor_class(settings.pop("image_processor_type"))(**settings)
         images = images if isinstance(images, (list, tuple)) else [images]
-        return list(self._own(images=[convert_to_rgb(image) for image in images], return_tensors="np")["pixel_values"])
+        arrays = [_array(image) for image in images]
+        made = [self._own(array, return_tensors="np", input_data_format=layout) for array, layout in arrays]
+        return [pixels for one in made for pixels in one["pixel_values"]]
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
         for made_when_needed in ("_own", "_grid"):
             output.pop(made_when_needed, None)
         return {**output, "auto_map": dict(AUTO_MAP)}
+
+
+def image_processor_class(name: Any) -> type[BaseImageProcessor]:
+    """One of transformers' slow image processors, which give arrays.
+
+    Raises:
+        ValueError: another thing that transformers has under that name. A checkpoint's file says it, and some of them
+            load and run what they are told.
+    """
+    kind = getattr(transformers, name, None) if isinstance(name, str) and name.endswith("ImageProcessor") else None
+    if not (isinstance(kind, type) and issubclass(kind, BaseImageProcessor)):
+        raise ValueError(
+            f"image_processor_type is {name!r}; expected one of transformers' image processors, such as "
+            "SiglipImageProcessor"
+        )
+    return kind
+
+
+def _array(image) -> tuple[numpy.ndarray, ChannelDimension]:
+    """A picture's pixels, and where its channels are: of a picture 3 pixels high the shape does not say it."""
+    array = to_numpy_array(convert_to_rgb(image))
+    return array, ChannelDimension.LAST if hasattr(image, "convert") else infer_channel_dimension_format(array)
 
 
 class QwenMergeGraftProcessor(ProcessorMixin):
@@ -180,8 +209,12 @@ class QwenMergeGraftProcessor(ProcessorMixin):
         seen = {}
         bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
         bounds = {name: value for name, value in bounds.items() if value is not None}
-        if images is not None:
+        check_places(text, images, self.image_token)
+        if not _none(images):
+            if isinstance(images, (list, tuple)):
+                images = [own for own in images if not _none(own)]
             seen.update(self.image_processor(images=images, return_tensors=return_tensors, **bounds))
+        videos = None if _none(videos) else videos
         if videos is not None:
             videos = one_by_one(videos)
             seen.update(self.image_processor.of_videos(videos, return_tensors, **bounds))
@@ -229,6 +262,26 @@ class QwenMergeGraftProcessor(ProcessorMixin):
     def model_input_names(self):
         videos = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
         return [*self.tokenizer.model_input_names, "pixel_values", "image_grid_thw", *videos]
+
+
+def _none(media) -> bool:
+    """Whether no picture or video is given."""
+    return media is None or (isinstance(media, (list, tuple)) and all(_none(item) for item in media))
+
+
+def check_places(texts, images, token: str) -> None:
+    """Of pictures in a list for each text.
+
+    Raises:
+        ValueError: one has not as many places as its list has pictures, and they would go to another text.
+    """
+    texts = [texts] if isinstance(texts, str) else texts
+    lists = isinstance(images, (list, tuple)) and images and all(isinstance(own, (list, tuple)) for own in images)
+    if texts is None or not lists or len(texts) != len(images):
+        return
+    for number, (text, own) in enumerate(zip(texts, images, strict=True)):
+        if text.count(token) != len(own):
+            raise ValueError(f"text {number} has {text.count(token)} {token}, and its list {len(own)} pictures")
 
 
 def one_by_one(videos) -> list:

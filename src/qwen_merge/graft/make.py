@@ -133,17 +133,15 @@ def _own_processor(sources: planning.Sources) -> tuple[str, Any]:
     Raises:
         UserError: none that transformers knows.
     """
-    import transformers
+    from qwen_merge.architecture.processing_qwen_merge_graft import image_processor_class
 
     settings = sources.vision.read_json(companion_files.PREPROCESSOR)
     old = str(settings.get("feature_extractor_type", "")).replace("FeatureExtractor", "ImageProcessor")
     name = str(settings.get("image_processor_type") or old).removesuffix("Fast")
-    kind = getattr(transformers, name, None) if name.endswith("ImageProcessor") else None
-    if kind is None:
-        raise UserError(
-            f"the tower's {companion_files.PREPROCESSOR} has image_processor_type {name!r}; expected one of "
-            "transformers' image processors, such as SiglipImageProcessor."
-        )
+    try:
+        kind = image_processor_class(name)
+    except ValueError as error:
+        raise UserError(f"the tower's {companion_files.PREPROCESSOR}: {error}.") from None
     kinds = ("image_processor_type", "feature_extractor_type", "processor_class")
     try:
         return name, kind(**{key: value for key, value in settings.items() if key not in kinds})
