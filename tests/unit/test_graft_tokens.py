@@ -115,3 +115,17 @@ def test_what_is_there_stays_as_it_is(sources, tmp_path, capsys):
     before, after = (load_file(folder / "model.safetensors") for folder in (sources / "full", output))
     assert all(torch.equal(before[name], after[name]) for name in MATRICES)
     assert "new_rows" not in json.loads((output / "merge_manifest.json").read_text())["tensors"]
+
+
+def test_tokens_may_change_their_places(sources, tmp_path, capsys):
+    """Each other's spelling, too: replaced one by one both would be the same in the chat template."""
+    swapped = {"image": "<|video_pad|>", "video": "<|image_pad|>"}
+    output, _ = make(sources, sources / "spare", tmp_path / "out", capsys, tokens=swapped)
+    plain, _ = make(sources, sources / "spare", tmp_path / "plain", capsys)
+    for kind in ("image", "video"):
+        conversation = [{"role": "user", "content": [{"type": kind}, {"type": "text", "text": "What?"}]}]
+        found, before = (
+            AutoProcessor.from_pretrained(folder).apply_chat_template(conversation) for folder in (output, plain)
+        )
+        assert f"<|vision_start|>{swapped[kind]}<|vision_end|>What?" in found
+        assert f"<|vision_start|><|{kind}_pad|><|vision_end|>What?" in before  # the control

@@ -1,6 +1,7 @@
 """A graft from its file to a complete directory. Everything that can be refused is refused before a byte is written."""
 
 import json
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,9 +184,10 @@ def _spell_tokens(companions: companion_files.Companions, tokens: Tokens) -> Non
     """In the chat template, which writes Qwen's own."""
     if tokens == Tokens():
         return
+    spelled = {own: getattr(tokens, name) for name, own in vars(Tokens()).items()}
     template = companions.files[companion_files.CHAT_TEMPLATE].decode()
-    for name, own in vars(Tokens()).items():
-        template = template.replace(own, getattr(tokens, name))
+    # All at once: one may be spelled as another was.
+    template = re.sub("|".join(map(re.escape, spelled)), lambda found: spelled[found.group()], template)
     companions.files[companion_files.CHAT_TEMPLATE] = template.encode()
     settings = json.loads(companions.files["tokenizer_config.json"])
     companions.files["tokenizer_config.json"] = companion_files.encode({**settings, "chat_template": template})

@@ -11,6 +11,7 @@ Every key but `source`, `kind` and `output` has a default; an unknown one is an 
 
 import math
 import os
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
@@ -23,6 +24,8 @@ from qwen_merge.errors import UserError
 PIXELS = (56 * 56, 512 * 512)  # as training's image_max_pixels
 POSITIONS = (*kinds.POSITIONS, "mrope-2d")
 STOCK = "qwen2_5_vl"
+_SPELLING = re.compile(r"""[^\s"'{}\\]+""")  # it stands in a template's strings
+_TURNS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")  # of Qwen's conversations
 ARCHITECTURES = ("qwen_merge_graft", STOCK)
 
 
@@ -142,6 +145,12 @@ def _recipe(content: Any, path: Path, problems: list[str]) -> Recipe | None:
             problems.append(
                 f"vision.min_pixels is {least} and max_pixels {most}; expected 0 < min_pixels <= max_pixels"
             )
+    for name, spelling in vars(tokens).items() if tokens is not None else ():
+        if not _SPELLING.fullmatch(spelling) or spelling in _TURNS:
+            problems.append(
+                f"tokens.{name} is {spelling!r}; expected a token of its own such as {vars(Tokens())[name]!r}, without "
+                "blanks, quotes, braces and backslashes, and not one that begins or ends a turn"
+            )
     if tokens is not None and len(set(vars(tokens).values())) < len(vars(tokens)):
         problems.append(f"tokens are {', '.join(vars(tokens).values())}; expected four different ones")
     if problems or vision is None or llm is None or tokens is None:
@@ -174,7 +183,7 @@ def _part(kind: type, content: Any, name: str, problems: list[str]) -> Any:
 
 def _projector(content: Any, problems: list[str]) -> dict[str, Any]:
     kind = content.get("kind") if isinstance(content, dict) else None
-    if kind not in kinds.PROJECTORS:
+    if not isinstance(kind, str) or kind not in kinds.PROJECTORS:
         problems.append(f"projector.kind is {kind!r}; expected one of {', '.join(kinds.PROJECTORS)}")
         return {}
     settings = kinds.PROJECTORS[kind]

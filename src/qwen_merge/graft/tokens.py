@@ -63,4 +63,4 @@ def _write(files: dict[str, dict], new: dict[str, int]) -> None:
         files["tokenizer_config.json"].setdefault("added_tokens_decoder", {})[str(number)] = entry
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if name in files:
-            files[name]["additional_special_tokens"] = [*files[name].get("additional_special_tokens", ()), *new]
+            files[name]["additional_special_tokens"] = [*(files[name].get("additional_special_tokens") or ()), *new]
