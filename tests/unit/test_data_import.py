@@ -151,6 +151,7 @@ WRONG = [
     (row(4, "<video>?", image="a.png"), "<image> tags and files of 'image' differ in number", "0 tags, 1 files"),
     (row(5, "<video>?"), "<video> tags and files of 'video' differ in number", "1 tags, 0 files"),
     (row(6, "<image>?", image="z.png"), "a file is missing", "z.png"),
+    (row(6, "<image>?", image="A" * 5000), "a file is missing", "AAA"),  # a picture in base64, say
     (row(7, "<image>?", image="../mine.png"), "a file is missing", "mine.png"),
     ({"conversations": turns("Hm?", "An <image>")}, "<image> in an answer", "An <image>"),
     ({"conversations": turns("Hm?", "A <|im_end|>")}, "special token of the model in the text", "<|im_end|>"),
@@ -229,6 +230,8 @@ def test_pictures_that_do_not_decode_are_told_together_and_their_sets_not_writte
         (["mine"], {"mine": {"annotation_path": "mine.json", "path": "no"}}, "mine: unknown key 'path'"),
         (["mine"], {"mine": {"annotation_path": 3}}, "annotation_path is 3; expected a path"),
         (["mine"], {"mine%50": {}}, "an entry for each set"),
+        ([".."], {"..": {"annotation_path": "mine.json"}}, "no dot at its beginning"),
+        (["x"], {"dataset_info.json": {"annotation_path": "mine.json"}}, "dataset_info.json is taken"),
         ([","], {}, "no set is named"),
     ],
 )
@@ -239,6 +242,20 @@ def test_wrong_names_and_entries(folder, capsys, names, content, message):
     assert run(folder, *names) == 2
     assert message in capsys.readouterr().err
     assert not (folder / "data").exists()
+
+
+def test_a_name_that_another_set_has_is_refused(folder, capsys):
+    """A training would read the other one: what is enlisted stays as it is."""
+    write_sets(folder, {"mine": SOUND})
+    (folder / "data").mkdir()
+    enlisted = {"mine": {"file_name": "converted/mine"}}
+    (folder / "data/dataset_info.json").write_text(json.dumps(enlisted))
+    assert run(folder, "mine") == 2
+    assert "has another set of the name mine, in 'converted/mine'" in capsys.readouterr().err
+    assert [path.name for path in (folder / "data").iterdir()] == ["dataset_info.json"]
+    assert run(folder, "mine%50") == 0  # the control: a name of its own
+    assert json.loads((folder / "data/dataset_info.json").read_text())["mine%50"]["file_name"] == "mine%50"
+    assert run(folder, "mine%50", "--overwrite") == 0
 
 
 def test_several_wrong_names_are_told_together(folder, capsys):

@@ -58,9 +58,11 @@ def run(arguments: Any) -> int:
     """`qwen-merge data import`."""
     options = Options(frame_options(arguments), arguments.seed, arguments.drop, arguments.shard_mb)
     entries = find(arguments.sets, arguments.registry)
-    dataset_info.read(arguments.output)
+    known = dataset_info.read(arguments.output)
     problems, todo = [], []
     for entry in entries:
+        if problem := _taken(entry, known, arguments.output):
+            problems.append(problem)
         recorded = options.to_json(entry)
         if problem := Workspace(arguments.output, entry.name).problem(recorded, True, arguments.overwrite):
             problems.append(problem)
@@ -82,6 +84,18 @@ def run(arguments: Any) -> int:
     if problems:
         raise UserError.from_list("these sets were not written:", problems)
     return 0
+
+
+def _taken(entry: OwnSet, known: dict, output: Path) -> str | None:
+    """Why a training would not find the set under its name: what is enlisted already stays as it is."""
+    there = known.get(entry.name, {"file_name": entry.name})
+    place = there.get("file_name") if isinstance(there, dict) else there
+    if place == entry.name:
+        return None
+    return (
+        f"{output / dataset_info.NAME} has another set of the name {entry.name}, in {place!r}, which a training would "
+        "read. Give yours another name."
+    )
 
 
 def frame_options(arguments: Any) -> FrameOptions:

@@ -6,6 +6,7 @@
 `qwen-merge data import` reads it. A row without files is text. Other keys are left alone.
 """
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ def read(row: object, folder: Path) -> OwnRow:
             seen = f"{tags.count(tag)} tags, {len(given[tag])} files"
             raise Dropped(f"{tag} tags and files of {key!r} differ in number", seen)
     for path in [path for paths in given.values() for path in paths]:
-        if not path.is_file():
+        if not os.path.isfile(path):  # no error where it cannot be a path at all, as a picture in base64
             raise Dropped("a file is missing", str(path))
     queues = {tag: iter(paths) for tag, paths in given.items()}
     return OwnRow(messages, [(tag, next(queues[tag])) for tag in tags])

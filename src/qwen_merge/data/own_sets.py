@@ -17,11 +17,12 @@ from pathlib import Path
 
 import yaml
 
+from qwen_merge.data import dataset_info
 from qwen_merge.data.teacher.steps import sha256_of
 from qwen_merge.errors import UserError
 
 _KEYS = ("annotation_path", "data_path")
-_NAME = re.compile(r"[^\s/\\%,]+")
+_NAME = re.compile(r"[^\s/\\%,.][^\s/\\%,]*")  # of a folder: not hidden, and neither . nor ..
 _SHARE = re.compile(r"(?P<set>[^%]+)(?:%(?P<share>\d+(?:\.\d+)?))?")
 
 
@@ -73,10 +74,11 @@ def _read(registry: Path) -> dict:
         content = yaml.safe_load(registry.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{registry} cannot be read as YAML or JSON: {error}") from None
-    if not isinstance(content, dict) or not all(isinstance(name, str) and _NAME.fullmatch(name) for name in content):
+    names = list(content) if isinstance(content, dict) else [None]
+    if not all(isinstance(name, str) and _NAME.fullmatch(name) and name != dataset_info.NAME for name in names):
         raise UserError(
-            f"{registry}: expected an entry for each set, its name (without blanks, slashes, commas and %) before "
-            "annotation_path and data_path."
+            f"{registry}: expected an entry for each set, its name (without blanks, slashes, commas and %, and no dot "
+            f"at its beginning; {dataset_info.NAME} is taken) before annotation_path and data_path."
         )
     return content
 
