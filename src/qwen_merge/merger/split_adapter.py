@@ -10,12 +10,15 @@ adapter merged into the base is `llamafactory-cli export`.
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qwen_merge.errors import UserError
-from qwen_merge.merger.shards import INDEX_NAME, SINGLE_NAME
+from qwen_merge.merger.plan import SHOWN
+from qwen_merge.merger.safetensors_file import StoredTensor, read_header
+from qwen_merge.merger.sources import Source
 from qwen_merge.merger.staging import resolved_output, staged
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -43,28 +46,27 @@ def split_adapter(adapter: Path, base: Path, output: Path) -> Split:
     from qwen_merge.architecture.modeling_qwen2_5_vl_merge import disk_name
 
     output = resolved_output(output)
-    config, shard_of = _adapter_config(adapter), _shards(base)
+    config = _adapter_config(adapter)
+    read_header(adapter / WEIGHTS)  # refuses one that is cut short
+    stored = {name: tensor for name, tensor in Source(base, "--base").read_tensors().items() if tensor is not None}
     with safe_open(adapter / WEIGHTS, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no dictionary
     lora = {name: tensor for name, tensor in tensors.items() if ".lora_" in name}
     whole = {disk_name(name.removeprefix(_PEFT)): x for name, x in tensors.items() if name not in lora}
-    missing = [f"{name}, which {base} has not" for name in whole if name not in shard_of]
-    if missing or not lora:
+    problems = _whole_problems(whole, stored, base) + _lora_problems(lora, stored, base)
+    if problems or not lora:
         raise UserError.from_list(
-            f"{adapter} was not trained on {base}:", missing or ["it has no low-rank matrices at all"]
+            f"{adapter} was not trained on {base}:", problems[:SHOWN] or ["it has no low-rank matrices at all"]
         )
     with staged(output) as folder:
-        for shard in sorted(set(shard_of.values())):
-            inside = [name for name in whole if shard_of[name] == shard]
+        for shard in sorted({tensor.file for tensor in stored.values()}):
+            inside = [name for name in whole if stored[name].file == shard]
             target = folder / "base" / shard
             target.parent.mkdir(exist_ok=True)
             if inside:
                 with safe_open(base / shard, "pt") as file:
                     content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 for name in inside:
-                    if content[name].shape != whole[name].shape:
-                        shapes = f"{list(whole[name].shape)}, and {base} has {list(content[name].shape)}"
-                        raise UserError(f"{adapter}: {name} is {shapes}. Name the base that it was trained on.")
                     content[name] = whole[name].to(content[name].dtype)
                 save_file(content, target, metadata={"format": "pt"})
             else:
@@ -83,20 +85,37 @@ def split_adapter(adapter: Path, base: Path, output: Path) -> Split:
 def _adapter_config(adapter: Path) -> dict[str, Any]:
     try:
         config = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        kind = config.get("peft_type")
+    except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{adapter} is no adapter: its {CONFIG} cannot be read ({error}).") from None
-    if config.get("peft_type") != "LORA" or not (adapter / WEIGHTS).is_file():
-        raise UserError(f"{adapter} has peft_type {config.get('peft_type')!r}; expected LORA, and {WEIGHTS} beside it.")
+    if kind != "LORA" or not (adapter / WEIGHTS).is_file():
+        raise UserError(f"{adapter} has peft_type {kind!r}; expected LORA, and {WEIGHTS} beside it.")
     return config
 
 
-def _shards(base: Path) -> dict[str, str]:
-    """The file of each of a checkpoint's tensors."""
-    from safetensors import safe_open
+def _whole_problems(whole: Mapping[str, Any], stored: Mapping[str, StoredTensor], base: Path) -> list[str]:
+    """What cannot stand in the base's place of it."""
+    problems = [f"{name}, which {base} has not" for name in whole if name not in stored]
+    return problems + [
+        f"{name} is {list(tensor.shape)}, and {base} has {list(stored[name].shape)}"
+        for name, tensor in whole.items()
+        if name in stored and tuple(tensor.shape) != stored[name].shape
+    ]
 
-    if (base / INDEX_NAME).is_file():
-        return json.loads((base / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"]
-    if not (base / SINGLE_NAME).is_file():
-        raise UserError(f"--base {base} holds no {SINGLE_NAME} and no {INDEX_NAME}; expected a checkpoint's folder.")
-    with safe_open(base / SINGLE_NAME, "pt") as file:
-        return dict.fromkeys(file.keys(), SINGLE_NAME)
+
+def _lora_problems(lora: Mapping[str, Any], stored: Mapping[str, StoredTensor], base: Path) -> list[str]:
+    """Low-rank matrices that are as wide as no matrix of the base: side 0 is what it gives, side 1 what it takes."""
+    from qwen_merge.architecture.modeling_qwen2_5_vl_merge import disk_name
+
+    problems = []
+    for name, tensor in lora.items():
+        module, _, kind = name.partition(".lora_")
+        side = {"A.weight": 1, "B.weight": 0}.get(kind)
+        own = f"{disk_name(module.removeprefix(_PEFT))}.weight"
+        if own == "lm_head.weight" and own not in stored:  # the embedding's
+            own = "model.embed_tokens.weight"
+        if own not in stored:
+            problems.append(f"an adapter of {own}, which {base} has not")
+        elif side is not None and tensor.shape[side] != stored[own].shape[side]:
+            problems.append(f"{name} is {list(tensor.shape)}, and {own} is {list(stored[own].shape)}")
+    return problems
