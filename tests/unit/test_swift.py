@@ -206,6 +206,22 @@ def test_texts_alone_reach_the_projector_with_a_zero(load, graft, row, kinds):
     assert not any(gradient.any() for gradient in found)
 
 
+def test_the_grey_picture_of_texts_is_large_enough_for_the_tower(load, sources, row, tmp_path):
+    from qwen_merge.graft.make import make
+    from qwen_merge.graft.recipe import read
+
+    parts = (sources / "siglip2", "mlp", sources / "qwen3", tmp_path / "graft")
+    make(read(grafts.write_recipe(tmp_path / "graft.yaml", *parts, projector={"merge_size": 6})))
+    model, template = load(tmp_path / "graft")
+    batch = collated(template, {**row(text=QUESTION), "images": []})
+    template.register_post_encode_hook([model.train()])
+    found = gradients(model, model(**batch).loss)
+    template.remove_post_encode_hook()
+    assert len(found) == len(list(model.model.projector.parameters()))
+    with pytest.raises(ValueError, match="must be larger than factor:84"):  # the control
+        template.processor.image_processor(images=grafts.pictures((56, 56)))
+
+
 def gradients(model, loss):
     """Those that the projector has got."""
     model.zero_grad()
