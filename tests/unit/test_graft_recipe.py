@@ -133,7 +133,7 @@ def test_files_that_are_no_recipe(tmp_path, capsys, text):
         ("qwen2_5_vl", "mlp", {"vision": {"max_pixels": 500, "min_pixels": 1}}, "the smallest picture has 784"),
         ("siglip", "mlp", {"tokens": {"image": "<|video_pad|>"}}, "expected four different ones"),
         ("siglip", "mlp", {"tokens": {"image": ""}}, "tokens.image is ''; expected a token of its own such as"),
-        ("siglip", "mlp", {"tokens": {"video": "it's"}}, "tokens.video is \"it's\"; expected a token of its own"),
+        ("siglip", "mlp", {"tokens": {"video": "it's"}}, 'tokens.video is "it\'s"; expected a token of its own'),
         ("siglip", "mlp", {"tokens": {"image": "<|im_end|>"}}, "not one that begins or ends a turn"),
         ("siglip", "mlp", {"projector": {"kind": ["mlp"]}}, "projector.kind is ['mlp']; expected one of"),
         ("siglip", "resampler", {"projector": {"queries": -4}}, "projector.queries is -4"),

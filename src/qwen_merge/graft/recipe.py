@@ -145,19 +145,25 @@ def _recipe(content: Any, path: Path, problems: list[str]) -> Recipe | None:
             problems.append(
                 f"vision.min_pixels is {least} and max_pixels {most}; expected 0 < min_pixels <= max_pixels"
             )
-    for name, spelling in vars(tokens).items() if tokens is not None else ():
-        if not _SPELLING.fullmatch(spelling) or spelling in _TURNS:
-            problems.append(
-                f"tokens.{name} is {spelling!r}; expected a token of its own such as {vars(Tokens())[name]!r}, without "
-                "blanks, quotes, braces and backslashes, and not one that begins or ends a turn"
-            )
-    if tokens is not None and len(set(vars(tokens).values())) < len(vars(tokens)):
-        problems.append(f"tokens are {', '.join(vars(tokens).values())}; expected four different ones")
+    if tokens is not None:
+        problems += _token_problems(tokens)
     if problems or vision is None or llm is None or tokens is None:
         return None
     section = tuple(section) if section is not None else None
     output = Path(os.path.expanduser(str(output)))
     return Recipe(vision, projector, llm, output, positions, section, tokens, seed, str(size), architecture)
+
+
+def _token_problems(tokens: Tokens) -> list[str]:
+    problems = [
+        f"tokens.{name} is {spelling!r}; expected a token of its own such as {vars(Tokens())[name]!r}, without blanks, "
+        "quotes, braces and backslashes, and not one that begins or ends a turn"
+        for name, spelling in vars(tokens).items()
+        if not _SPELLING.fullmatch(spelling) or spelling in _TURNS
+    ]
+    if len(set(vars(tokens).values())) < len(vars(tokens)):
+        problems.append(f"tokens are {', '.join(vars(tokens).values())}; expected four different ones")
+    return problems
 
 
 def _part(kind: type, content: Any, name: str, problems: list[str]) -> Any:
