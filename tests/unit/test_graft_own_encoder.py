@@ -3,6 +3,8 @@
 .venv/bin/python -m pytest tests/unit/test_graft_own_encoder.py
 """
 
+import shutil
+
 import pytest
 import torch
 from PIL import Image
@@ -128,3 +130,27 @@ def test_what_cannot_be_joined_is_said(tmp_path, sources, capsys, code, config, 
     assert cli.main(["graft", str(recipe)]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_verify_compares_its_tensors_and_does_not_run_its_code(made, tmp_path, capsys):
+    folder = shutil.copytree(made[0], tmp_path / "graft")
+    assert cli.main(["verify", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "NOT CHECKED  vision features  the encoder is code of its user's own" in out
+    (folder / "encoder_qwen_merge_graft.py").write_text("raise RuntimeError('it was run')")
+    assert cli.main(["verify", str(folder)]) == 1
+    failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAIL")]
+    assert failed == ["FAIL         other files      encoder_qwen_merge_graft.py is not what was written"]
+    tensors = load_file(folder / "model.safetensors")
+    tensors["visual.encoder.first"] += 1  # the control
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert cli.main(["verify", str(folder)]) == 1
+    assert "visual.encoder.first differs from its source" in capsys.readouterr().out
+
+
+def test_its_loss_is_measured(tmp_path, sources, capsys):
+    weights, code = own_encoder.make(tmp_path / "mine")
+    parts = (weights, "linear", sources / "qwen2", tmp_path / "graft")
+    recipe = grafts.write_recipe(tmp_path / "graft.yaml", *parts, vision={"code": str(code)})
+    assert cli.main(["graft", str(recipe), "--measure"]) == 0
+    assert "(+0.0000); KL divergence from the LLM 0.0000" in capsys.readouterr().out

@@ -129,3 +129,11 @@ def test_tokens_may_change_their_places(sources, tmp_path, capsys):
         )
         assert f"<|vision_start|>{swapped[kind]}<|vision_end|>What?" in found
         assert f"<|vision_start|><|{kind}_pad|><|vision_end|>What?" in before  # the control
+
+
+def test_a_longer_vocabulary_is_measured_by_the_llm_s_words(sources, tmp_path, capsys):
+    file = grafts.write_recipe(
+        tmp_path / "graft.yaml", sources / "siglip", "mlp", sources / "full", tmp_path / "out", tokens=OTHERS
+    )
+    assert cli.main(["graft", str(file), "--measure"]) == 0
+    assert "(+0.0000); KL divergence from the LLM 0.0000" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """`qwen-merge verify` of grafts: what is sound passes whole, and each thing that is changed is named."""
 
+import json
 import shutil
 
 import pytest
@@ -23,7 +24,7 @@ from qwen_merge import cli
 )
 def test_a_graft_passes_every_check(graft, capsys, parts):
     assert cli.main(["verify", str(graft(*parts))]) == 0
-    assert "6 passed, 0 failed, 0 not checked" in capsys.readouterr().out
+    assert "7 passed, 0 failed, 0 not checked" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -55,3 +56,42 @@ def test_a_missing_tensor_and_other_sources_are_named(graft, capsys, tmp_path):
     assert "missing projector.norm.bias" in capsys.readouterr().out
     assert cli.main(["verify", str(folder), "--llm-path", str(graft.folder / "qwen2")]) == 1
     assert "these sources do not make this checkpoint" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("config.json", {"vision_config": "x"}, "its config.json is no graft's"),
+        ("merge_manifest.json", {"tensors": {"new_rows": {"none": [1]}}}, "the manifest has new rows of none: [1]"),
+        ("merge_manifest.json", {"tensors": {"new_rows": {"model.layers.0.mlp.up_proj.weight": [1]}}}, "new rows of"),
+        ("merge_manifest.json", {"tensors": {"new_rows": [1]}}, "tensors.new_rows [1], which no merge writes"),
+    ],
+)
+def test_what_is_no_graft_s_is_said(graft, capsys, tmp_path, file, change, message):
+    folder = shutil.copytree(graft("siglip", "mlp", "qwen3", "mrope"), tmp_path / "changed")
+    content = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**content, **change}))
+    assert cli.main(["verify", str(folder), "--no-forward"]) != 0
+    assert message in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("config.json", {"positions": "1d"}),
+        ("config.json", {"image_token_id": 3}),
+        ("preprocessor_config.json", {"image_mean": [0, 0, 0]}),
+        ("tokenizer.json", None),
+        ("modeling_qwen_merge_graft.py", None),
+    ],
+)
+def test_what_is_in_no_tensor_is_compared_with_what_was_written(graft, capsys, tmp_path, file, change):
+    folder = shutil.copytree(graft("siglip", "mlp", "qwen3", "mrope"), tmp_path / "changed")
+    if change is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_text(json.dumps({**json.loads((folder / file).read_text()), **change}))
+    assert cli.main(["verify", str(folder), "--no-forward"]) == 1
+    failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAIL")]
+    assert len(failed) == 1
+    assert f"{file} is not what was written" in failed[0]

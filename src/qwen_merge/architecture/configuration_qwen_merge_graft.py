@@ -100,7 +100,7 @@ def check_version(kind: Any) -> None:
     """Raises ValueError when this transformers is too old for the tower."""
     if NATIVE_TOWERS.get(kind, kind) is None:
         raise ValueError(
-            f"the tower {kind} needs transformers 4.57 or later, and this is {transformers.__version__}; the kit's "
+            f"{kind} needs transformers 4.57 or later, and this is {transformers.__version__}; the kit's "
             "environment with it: ./scripts/env.sh --stack current"
         )
 

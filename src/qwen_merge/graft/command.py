@@ -84,6 +84,7 @@ def run_graft(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from qwen_merge.graft import own_encoder
     from qwen_merge.graft.llms import LEFT_OUT
     from qwen_merge.graft.make import make
     from qwen_merge.graft.measure import measure, read_text
@@ -110,5 +111,6 @@ def _run(arguments: argparse.Namespace) -> int:
         print(f"  note: {in_the_files_words(note)}")
     if (arguments.measure is not None or plan.dropped["llm"].get(LEFT_OUT)) and not arguments.no_measure:
         llm = open_source(recipe.llm.source, "llm", recipe.llm.revision)
-        print(f"  measured: {measure(report.output, llm, text)}")
+        with own_encoder.known(recipe.vision.code, plan.config["vision_config"]):
+            print(f"  measured: {measure(report.output, llm, text)}")
     return 0

@@ -8,6 +8,7 @@ from collections import Counter
 from typing import Any
 
 from qwen_merge.architecture.kinds_qwen_merge_graft import LLMS
+from qwen_merge.errors import UserError
 from qwen_merge.merger.safetensors_file import StoredTensor
 from qwen_merge.merger.sources import Source
 
@@ -70,3 +71,23 @@ def of_the_llm(
         else:
             found[name.replace(_DECODER, "model.", 1) if inside else name] = ("llm", name, stored)
     return found
+
+
+def class_of(source: Source) -> Any:
+    """The Auto class that loads an LLM's own checkpoint.
+
+    Raises:
+        UserError: this transformers does not know it.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    from qwen_merge.architecture.configuration_qwen_merge_graft import check_version
+
+    model_type = source.read_json("config.json").get("model_type")
+    if model_type not in INSIDE:
+        return AutoModelForCausalLM
+    try:
+        check_version(model_type)
+    except ValueError as error:
+        raise UserError(f"the LLM lies in a {model_type}, whose own model is loaded to compare with: {error}") from None
+    return AutoModelForImageTextToText

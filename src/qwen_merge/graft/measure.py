@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_merge.errors import UserError
+from qwen_merge.graft.llms import class_of
 from qwen_merge.merger.sources import Source
 
 WINDOW = 512  # tokens that are read at once
@@ -81,10 +82,10 @@ def measure(graft: Path, llm: Source, text: str = TEXT) -> Measured:
     """Compare a graft with the LLM that it was made of, on a text's first `MOST` tokens.
 
     Raises:
-        UserError: a text of fewer than two tokens.
+        UserError: a text of fewer than two tokens, or an LLM that this transformers cannot load by itself.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+    from transformers import AutoModelForImageTextToText, AutoTokenizer
 
     from qwen_merge.architecture import register
     from qwen_merge.merger.verify_forward import local_directory, quiet
@@ -95,23 +96,28 @@ def measure(graft: Path, llm: Source, text: str = TEXT) -> Measured:
         raise UserError(f"--measure: the text has {len(numbers)} tokens; expected at least 2, better {MOST}.")
     windows = [torch.tensor(numbers[at : at + WINDOW + 1])[None] for at in range(0, len(numbers) - 1, WINDOW)]
     with quiet():
-        own = _predictions(AutoModelForCausalLM, local_directory(llm), windows)
-        grafted = _predictions(AutoModelForImageTextToText, graft, windows)
+        own = _predictions(class_of(llm), local_directory(llm), windows)
+        # Of the LLM's words: rows for new tokens it has none to compare with.
+        grafted = _predictions(AutoModelForImageTextToText, graft, windows, own.shape[1])
     targets = torch.cat([window[0, 1:] for window in windows])
     llm_loss, graft_loss = (-values.gather(1, targets[:, None]).mean().item() for values in (own, grafted))
     divergence = torch.nn.functional.kl_div(grafted, own, reduction="batchmean", log_target=True).item()
     return Measured(len(targets), llm_loss, graft_loss, divergence)
 
 
-def _predictions(kind: Any, directory: Path, windows: list) -> Any:
-    """Logarithms of the next token's probabilities, (tokens of all windows, vocabulary), float32, on the CPU."""
+def _predictions(kind: Any, directory: Path, windows: list, words: int | None = None) -> Any:
+    """Logarithms of the next token's probabilities, (tokens of all windows, vocabulary), float32, on the CPU.
+
+    words: so many of the vocabulary; None: all.
+    """
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = kind.from_pretrained(directory, torch_dtype="auto", attn_implementation="sdpa").eval().to(device)
     with torch.no_grad():
         parts = [
-            model(input_ids=window[:, :-1].to(device)).logits[0].float().log_softmax(-1).cpu() for window in windows
+            model(input_ids=window[:, :-1].to(device)).logits[0, :, :words].float().log_softmax(-1).cpu()
+            for window in windows
         ]
     del model
     gc.collect()

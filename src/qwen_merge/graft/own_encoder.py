@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from qwen_merge.errors import UserError
+from qwen_merge.merger.sources import Source
 
 FILE = "encoder_qwen_merge_graft.py"
 
 
 @contextmanager
 def known(code: str | None, vision: Any) -> Iterator[None]:
-    """While the graft's own class is asked for its tensors, it knows the encoder. vision: the tower's configuration.
+    """While the graft's own class is asked for its tensors, it knows the encoder.
+
+    vision: the tower's configuration, or its fields.
 
     Raises:
         UserError: the file cannot be imported, has no such class, or its pictures come out in another shape.
@@ -26,10 +29,40 @@ def known(code: str | None, vision: Any) -> Iterator[None]:
     if code is None:
         yield
         return
-    from qwen_merge.architecture import towers_qwen_merge_graft as towers
+    from qwen_merge.architecture.configuration_qwen_merge_graft import vision_config_of
 
     encoder = _encoder_of(Path(code).expanduser())
-    _check_shape(encoder, vision, code)
+    _check_shape(encoder, vision_config_of(vision) if isinstance(vision, dict) else vision, code)
+    with _in_its_place(encoder):
+        yield
+
+
+@contextmanager
+def stood_in_for(source: Source) -> Iterator[None]:
+    """The same without its code: in its place is a module that has the source's tensors and computes nothing."""
+    import torch
+    from torch import nn
+
+    class StandIn(nn.Module):
+        def __init__(self, _):
+            super().__init__()
+            for name, stored in source.read_tensors().items():
+                module, (*path, last) = self, name.split(".")
+                for part in path:
+                    if part not in module._modules:
+                        module.add_module(part, nn.Module())
+                    module = module.get_submodule(part)
+                empty = torch.empty(stored.shape if stored else ())
+                module.register_parameter(last, nn.Parameter(empty, requires_grad=False))
+
+    with _in_its_place(StandIn):
+        yield
+
+
+@contextmanager
+def _in_its_place(encoder: Any) -> Iterator[None]:
+    from qwen_merge.architecture import towers_qwen_merge_graft as towers
+
     before, towers.Encoder = towers.Encoder, encoder
     try:
         yield

@@ -4,13 +4,17 @@ The sources are those of the checkpoint's manifest, or the ones that are named. 
 """
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from qwen_merge.errors import UserError
+from qwen_merge.graft import own_encoder
 from qwen_merge.graft import plan as planning
-from qwen_merge.graft.towers import tower_for
+from qwen_merge.graft.llms import class_of
+from qwen_merge.graft.tokens import EMBEDDING, HEAD
+from qwen_merge.graft.towers import OWN, tower_for
 from qwen_merge.merger.companions import Companions
 from qwen_merge.merger.initialise import initial_bytes
 from qwen_merge.merger.merge import Prepared
@@ -24,11 +28,13 @@ from qwen_merge.merger.verify import (
     check_copied,
     find_source,
     read_manifest,
+    sha256_of,
     stored_chunks,
 )
 from qwen_merge.merger.verify_forward import difference, local_directory, quiet, text_logits
 
-CHECKS = ("tensors", "copied from VLM", "copied from LLM", "new tensors", "text logits", "vision features")
+FORWARD = ("text logits", "vision features")
+CHECKS = ("tensors", "copied from VLM", "copied from LLM", "new tensors", *FORWARD, "other files")
 
 
 def verify(merged: Source, *, vlm: str | None, llm: str | None, revision: str | None, forward: bool) -> int:
@@ -51,6 +57,18 @@ def verify(merged: Source, *, vlm: str | None, llm: str | None, revision: str | 
         return results.conclude(merged.directory)
     try:
         config = QwenMergeGraftConfig.from_pretrained(merged.directory)
+    except (UserError, ValueError, TypeError, KeyError, AttributeError) as error:
+        results.add(FAIL, "tensors", f"its config.json is no graft's: {error}")
+        return results.conclude(merged.directory)
+    own = config.vision_config.model_type == OWN.kind  # whose code is not run unasked
+    with own_encoder.stood_in_for(vision) if own else nullcontext():
+        return _verify(merged, vision, language, config, manifest, forward, results)
+
+
+def _verify(
+    merged: Source, vision: Source, language: Source, config: Any, manifest: dict, forward: bool, results: Results
+) -> int:
+    try:
         plan, drawn = _plan(vision, language, config, manifest)
         ready = Prepared(vision, language, Companions({}, [], {}, []), plan)
     except (UserError, ValueError, TypeError, KeyError) as error:
@@ -65,10 +83,11 @@ def verify(merged: Source, *, vlm: str | None, llm: str | None, revision: str | 
     if drawn:
         results.add(NOT_CHECKED, "new rows", f"{', '.join(drawn)}: some rows are drawn, about the mean of the others")
     if not forward or results.count(FAIL):
-        for check in CHECKS[-2:]:
+        for check in FORWARD:
             results.add(NOT_CHECKED, check, "an earlier check failed" if results.count(FAIL) else "--no-forward")
     else:
         _check_forward(merged, vision, language, config, bool(drawn), results)
+    _check_files(merged, manifest, results)
     return results.conclude(merged.directory)
 
 
@@ -76,13 +95,17 @@ def _plan(vision: Source, language: Source, config, manifest: Mapping) -> tuple[
     """The plan made anew, and the names of copied tensors of which some rows are drawn."""
     vision_config, llm_config = vision.read_json("config.json"), language.read_json("config.json")
     tower = tower_for(vision_config.get("model_type"))
+    if config.vision_config.model_type == OWN.kind:
+        tower, vision_config = OWN, {**vision_config, "model_type": OWN.kind}
     if tower is None or tower.kind != config.vision_config.model_type:
         raise UserError(f"{vision.directory} has model_type {vision_config.get('model_type')!r}")
     lengths = {name: tensor.shape[0] for name, tensor in language.read_tensors().items() if tensor and tensor.shape}
     rows = {}
     for name, numbers in manifest.get("tensors", {}).get("new_rows", {}).items():
         end = name.removeprefix("model.")  # as its LLM's checkpoint spells it
-        copied = next(length for source_name, length in lengths.items() if source_name.endswith(end))
+        copied = next((length for source_name, length in lengths.items() if source_name.endswith(end)), None)
+        if name not in (EMBEDDING, HEAD) or copied is None or not numbers:
+            raise UserError(f"the manifest has new rows of {name}: {numbers}")
         rows[name] = NewRows(tuple(numbers), min(*numbers, copied), copied)
     sources = planning.Sources(vision, vision_config, tower, language, llm_config)
     return planning.graft_plan(sources, config, rows), list(rows)
@@ -117,6 +140,18 @@ def _check_new(
     results.judge("new tensors", differences, f"{len(new)} as seed {seed} gives them")
 
 
+def _check_files(merged: Source, manifest: Mapping, results: Results) -> None:
+    """Configuration, tokenizer, template, sizes of pictures and code: positions and token ids are in no tensor."""
+    files = manifest.get("output", {}).get("files")
+    if not files:
+        results.add(NOT_CHECKED, "other files", "no manifest says what they were")
+        return
+    differences = [
+        f"{name} is not what was written" for name, digest in files.items() if sha256_of(merged, name) != digest
+    ]
+    results.judge("other files", differences, f"{len(files)} as they were written")
+
+
 @torch.no_grad()
 def _check_forward(
     merged: Source, vision: Source, language: Source, config: Any, longer: bool, results: Results
@@ -126,13 +161,21 @@ def _check_forward(
     from qwen_merge.architecture.projectors_qwen_merge_graft import in_units
     from qwen_merge.architecture.towers_qwen_merge_graft import features_of
 
-    if longer:
-        results.add(NOT_CHECKED, "text logits", "the vocabulary has new rows")
+    try:
+        own_class = class_of(language)
+    except UserError as error:
+        own_class, why = None, str(error)
+    if longer or own_class is None:
+        results.add(NOT_CHECKED, "text logits", "the vocabulary has new rows" if longer else why)
     else:
         logits = text_logits(QwenMergeGraftForConditionalGeneration, merged.directory)
-        plain = text_logits(_class_of_the_llm(language), local_directory(language), dtype=logits.dtype)
+        plain = text_logits(own_class, local_directory(language), dtype=logits.dtype)
         results.judge("text logits", *difference(logits, plain, "logits of a text"))
 
+    if config.vision_config.model_type == OWN.kind:
+        why = "the encoder is code of its user's own, which runs by trust_remote_code and not here"
+        results.add(NOT_CHECKED, "vision features", why)
+        return
     with quiet():
         model = QwenMergeGraftForConditionalGeneration.from_pretrained(merged.directory, torch_dtype="auto").eval()
     tower, side = model.model.visual, config.vision_config.patch_size
@@ -154,13 +197,6 @@ def _check_forward(
     else:
         plain = _own_features(vision, patches, rows, config)
     results.judge("vision features", *difference(features, plain, "features of two pictures"))
-
-
-def _class_of_the_llm(language: Source):
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    of_a_vlm = "text_config" in language.read_json("config.json")
-    return AutoModelForImageTextToText if of_a_vlm else AutoModelForCausalLM
 
 
 def _own_vlm(vision: Source, dtype: torch.dtype):

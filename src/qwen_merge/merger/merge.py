@@ -132,20 +132,21 @@ def write(output: Path, ready: Prepared, seed: int, max_shard_bytes: int, starte
     nbytes = sum(shard.nbytes for shard in shards)
     check_space(output, nbytes + sum(map(len, ready.companions.files.values())) + SPARE_BYTES)
 
+    files = dict(ready.companions.files)
+    files["config.json"] = (json.dumps(ready.plan.config, indent=2, ensure_ascii=False) + "\n").encode()
+    index = index_json(shards)
+    if index:
+        files[INDEX_NAME] = index.encode()
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in sorted(files.items())}
     with staged(output) as staging:
-        _write_weights(staging, shards, ready, seed)
-        files = dict(ready.companions.files)
-        files["config.json"] = (json.dumps(ready.plan.config, indent=2, ensure_ascii=False) + "\n").encode()
-        index = index_json(shards)
-        if index:
-            files[INDEX_NAME] = index.encode()
+        _write_weights(staging, shards, ready, seed, digests)
         for name, content in files.items():
             (staging / name).write_bytes(content)
     return MergeReport(output, ready.plan, [shard.name for shard in shards], nbytes, time.monotonic() - started)
 
 
-def _write_weights(staging: Path, shards: list[Shard], ready: Prepared, seed: int) -> None:
-    """Write the shards while the sources are hashed, then the manifest that says so."""
+def _write_weights(staging: Path, shards: list[Shard], ready: Prepared, seed: int, files: dict[str, str]) -> None:
+    """Write the shards while the sources are hashed, then the manifest that says so. files: digests of the others."""
     sources = {"vlm": ready.vlm, "llm": ready.llm}
     paths: dict[tuple[str, str], Path] = {}
 
@@ -161,6 +162,7 @@ def _write_weights(staging: Path, shards: list[Shard], ready: Prepared, seed: in
             write_shard(staging, shard, source_path, seed, progress.update)
         hasher.wait()
     manifest = _manifest(ready, shards, jobs, hasher.digests, seed)
+    manifest["output"]["files"] = files
     (staging / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

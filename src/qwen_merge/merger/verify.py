@@ -43,6 +43,10 @@ MANIFEST_TYPES: dict[str, type | UnionType] = {
     "new_layer": dict,
     "new_layer.seed": int,
     "overridden_by_materials": dict,
+    "tensors": dict,
+    "tensors.new_rows": dict,
+    "output": dict,
+    "output.files": dict,
     "versions": dict,
 }
 # Companions that this kit writes itself, or adapts: another version of it may write them otherwise.
@@ -212,7 +216,7 @@ def _prepare_again(
     overrides = {
         name: merged.path(name).read_bytes()
         for name, digest in manifest.get("overridden_by_materials", {}).items()
-        if _sha256(merged, name) == digest
+        if sha256_of(merged, name) == digest
     }
     try:
         rope = RopeOptions(tuple(sections) if sections else None, drop_rope_scaling=True)
@@ -246,7 +250,7 @@ def _check_companions(merged: Source, ready: Prepared | None, manifest: Mapping,
     expected = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     expected |= manifest.get("overridden_by_materials", {})
     differences = [f"missing {name}" for name in expected if not merged.has(name)]
-    differing = [name for name in expected if merged.has(name) and _sha256(merged, name) != expected[name]]
+    differing = [name for name in expected if merged.has(name) and sha256_of(merged, name) != expected[name]]
     made_by = manifest.get("versions", {}).get("qwen_merge", __version__)
     unknown = sorted(OF_THIS_KIT.intersection(differing)) if made_by != __version__ else []
     differences += [f"{name} is not what the merge writes" for name in differing if name not in unknown]
@@ -258,7 +262,7 @@ def _check_companions(merged: Source, ready: Prepared | None, manifest: Mapping,
         results.judge("companion files", differences, f"{len(expected)} files, equal byte for byte")
 
 
-def _sha256(merged: Source, file: str) -> str | None:
+def sha256_of(merged: Source, file: str) -> str | None:
     """None: there is no such file."""
     return hashlib.sha256(merged.path(file).read_bytes()).hexdigest() if merged.has(file) else None
 
