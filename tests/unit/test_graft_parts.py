@@ -47,6 +47,19 @@ def test_a_tower_is_called_once_for_pictures_of_all_sizes(interpolated):
     assert calls_of(interpolated, inside, sizes) == 3
 
 
+def test_all_that_can_train_is_let_train(graft):
+    """A quantized LLM's weights are whole numbers, of which torch takes no gradients."""
+    from llamafactory.model.model_utils import qwen_merge
+
+    model = AutoModelForImageTextToText.from_pretrained(graft("siglip", "mlp", "qwen3", "mrope"))
+    assert not any(parameter.requires_grad for parameter in model.model.visual.parameters())
+    layer = model.model.language_model.layers[0].mlp.up_proj
+    layer.weight = torch.nn.Parameter(layer.weight.to(torch.uint8), requires_grad=False)
+    qwen_merge.let_all_train(model)
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert frozen == ["model.language_model.layers.0.mlp.up_proj.weight"]
+
+
 def test_zero3_gathers_a_picture_tower_and_experts_as_one(graft, interpolated, monkeypatch):
     from deepspeed.utils import z3_leaf_module
     from llamafactory.model.model_utils import qwen_merge

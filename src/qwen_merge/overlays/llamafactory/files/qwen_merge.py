@@ -86,7 +86,8 @@ def let_all_train(model: "PreTrainedModel") -> None:
     says what trains, and LLaMA-Factory only ever takes gradients away. Called before it does.
     """
     if parts_of(model.config) is not None:
-        model.requires_grad_(True)
+        for param in model.parameters():
+            param.requires_grad_(param.is_floating_point())  # quantized weights take none (LoRA over a quantized LLM)
 
 
 def check_training(model: "PreTrainedModel", finetuning_args: "FinetuningArguments") -> None:
