@@ -80,9 +80,7 @@ class QwenMergeTemplate(Qwen2_5VLTemplate):
             return super()._post_encode(model, inputs)
         if not self.is_training or "pixel_values" in inputs or "pixel_values_videos" in inputs:
             return inputs
-        processor = self.processor.image_processor
-        side = max(56, processor.patch_size * getattr(processor, "factor", processor.merge_size))  # none is smaller
-        grey = processor(images=[Image.new("RGB", (side, side), (128, 128, 128))], return_tensors="pt")
+        grey = self.processor.image_processor(images=[Image.new("RGB", (56, 56), (128, 128, 128))], return_tensors="pt")
         whole = self.get_base_model(model).model
         embeddings = whole.get_input_embeddings()(inputs["input_ids"])
         patches = grey["pixel_values"].to(embeddings.device, whole.visual.dtype)

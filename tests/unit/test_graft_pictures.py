@@ -57,6 +57,29 @@ def test_a_long_picture_keeps_a_row_of_patches_and_the_bound(native):
     assert native.image_processor.grid(14, 1400)[1:] != (0, 0)
 
 
+def test_a_small_picture_is_made_as_large_as_a_token(graft):
+    """As LLaMA-Factory's plug-in does in training: what is trained on can be asked."""
+    processor = AutoProcessor.from_pretrained(graft("siglip2", "mlp", "qwen3", "mrope")).image_processor
+    for size, grid in (((1, 1), (4, 4)), ((20, 200), (14, 2)), ((200, 3), (2, 14))):
+        at_least = tuple(max(side, processor.patch_size * processor.factor) for side in size)
+        assert processor(images=pictures(size))["image_grid_thw"].tolist() == [[1, *grid]]
+        assert processor(images=pictures(at_least))["image_grid_thw"].tolist() == [[1, *grid]]
+    with pytest.raises(ValueError, match="aspect ratio"):  # the control
+        processor(images=pictures((1, 6000)))
+
+
+def test_chat_says_what_it_cannot_show(graft, tmp_path, capsys):
+    checkpoint = graft("siglip2", "mlp", "qwen3", "mrope")
+    pictures((1, 6000))[0].save(tmp_path / "long.png")
+    assert cli.main(["chat", str(checkpoint), "--image", str(tmp_path / "long.png"), "-q", "What?"]) == 2
+    assert "aspect ratio must be smaller than 200" in capsys.readouterr().err
+    (tmp_path / "own").mkdir()
+    config = {"model_type": "qwen_merge_graft", "vision_config": {"model_type": "custom"}}
+    (tmp_path / "own/config.json").write_text(json.dumps(config))
+    assert cli.main(["chat", str(tmp_path / "own"), "-q", "What?"]) == 2
+    assert "is code of its user's own, which is not run here" in capsys.readouterr().err
+
+
 def test_no_pictures_are_none(native):
     for empty in ([], [[]], [[], []]):
         assert set(native(text=["Hello."] * max(1, len(empty)), images=empty)) == {"input_ids", "attention_mask"}

@@ -35,7 +35,7 @@ class QwenMergeGraftImageProcessor(Qwen2VLImageProcessor):
         factor: patches whose multiples the sides of a picture become.
         queries: tokens of a frame where they do not follow from its patches (resampler).
         tower_processor: the tower's own settings, `image_processor_type` among them; then every picture gets its size.
-            None: any size from `min_pixels` to `max_pixels`, rounded to the factor.
+            None: any size from `min_pixels` to `max_pixels`, rounded to the factor, at least one token.
     """
 
     def __init__(
@@ -63,8 +63,7 @@ class QwenMergeGraftImageProcessor(Qwen2VLImageProcessor):
     def _target(self, height: int, width: int, size: dict[str, int]) -> tuple[int, int]:
         bounds = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
         factor = self.patch_size * self.factor
-        if min(height, width) < factor:  # transformers 4.57 would take it
-            raise ValueError(f"height:{height} and width:{width} must be larger than factor:{factor}")
+        height, width = max(height, factor), max(width, factor)  # a short side is made as long, as in training
         rows, columns = smart_resize(height, width, factor=factor, **bounds)
         if min(rows, columns) > 0:
             return rows, columns

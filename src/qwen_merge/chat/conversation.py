@@ -91,10 +91,16 @@ class InProcess:
         config = folder / "config.json"
         if not config.is_file():
             raise UserError(f"{folder} is not a checkpoint: it has no config.json.\nGive the output folder of a stage.")
-        model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+        content = json.loads(config.read_text(encoding="utf-8"))
+        model_type = content.get("model_type")
         if model_type not in (MERGE, GRAFT):
             raise UserError(f"{folder} is a {model_type} checkpoint; expected model_type {MERGE} or {GRAFT}.")
         self.is_graft = model_type == GRAFT
+        if self.is_graft and (content.get("vision_config") or {}).get("model_type") == "custom":
+            raise UserError(
+                f"the encoder of {folder} is code of its user's own, which is not run here. Load it with transformers: "
+                "AutoModelForImageTextToText.from_pretrained(..., trust_remote_code=True)."
+            )
         import torch
         from transformers import AutoModelForImageTextToText, AutoProcessor
         from transformers.utils import logging
@@ -117,7 +123,10 @@ class InProcess:
             messages, tokenize=False, add_generation_prompt=True, enable_thinking=self.settings.thinking
         )
         if self.is_graft:
-            return self.processor(text=[text], images=_pictures(messages) or None, return_tensors="pt")
+            try:
+                return self.processor(text=[text], images=_pictures(messages) or None, return_tensors="pt")
+            except ValueError as error:  # a picture that is too long, a placeholder in the text
+                raise UserError(f"this graft takes no such question: {error}") from None
         images, videos, options = process_vision_info(messages, return_video_kwargs=True)
         rates = {"fps": options["fps"]} if videos else {}
         return self.processor(text=[text], images=images, videos=videos, return_tensors="pt", **rates)
