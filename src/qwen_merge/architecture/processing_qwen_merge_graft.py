@@ -64,12 +64,12 @@ class QwenMergeGraftImageProcessor(Qwen2VLImageProcessor):
         bounds = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
         factor = self.patch_size * self.factor
         height, width = max(height, factor), max(width, factor)  # a short side is made as long, as in training
-        rows, columns = smart_resize(height, width, factor=factor, **bounds)
-        if min(rows, columns) > 0:
-            return rows, columns
-        # Rounded down to nothing: one row of tokens, or one column, as long as the bound allows.
-        longest = max(factor, bounds["max_pixels"] // factor // factor * factor)
-        return max(factor, min(rows, longest)), max(factor, min(columns, longest))
+        height, width = (max(factor, side) for side in smart_resize(height, width, factor=factor, **bounds))
+        if min(height, width) == factor and height * width > bounds["max_pixels"]:
+            # Of a long picture the short side was rounded down to nothing; transformers 4.57 leaves the other as it is.
+            longest = max(factor, bounds["max_pixels"] // factor // factor * factor)
+            return min(height, longest), min(width, longest)
+        return height, width
 
     def of_videos(self, videos, return_tensors=None, **bounds) -> BatchFeature:
         """Videos, each its frames -> `pixel_values_videos` (patches, ...) and `video_grid_thw` (videos, 3).
