@@ -12,6 +12,7 @@ transformers', for texts and pictures. A run that was stopped goes on where it w
 import argparse
 import itertools
 import json
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -40,6 +41,11 @@ NAMES = {
     "qwen2": "Qwen2.5",
 }
 Parts = tuple[str, str, str]  # tower, projector, LLM
+# Words of a reason that name one pair, and what is true of all of them.
+GENERAL = {
+    r"and \w+ has none": "and this tower has none",
+    r"gives \d+ values a token, and the LLM's are \d+ wide": "is not as wide as these LLMs",
+}
 
 
 def loads(checkpoint: Path, llm: Path) -> str | None:
@@ -183,6 +189,7 @@ class Table:
         return target if target.exists() else grafts.with_projector(self.checkpoint(parts), target, seed=1)
 
     def markdown(self, pairs: list[Parts]) -> str:
+        """A row for each projector and all towers of which the same is true."""
         towers, projectors, llms = (dict.fromkeys(column) for column in zip(*pairs, strict=True))
         reasons: dict[str, int] = {}
 
@@ -193,19 +200,26 @@ class Table:
                 seen = cell.get(column)
                 if seen is None:
                     marks.append("?")
+                elif seen["works"]:
+                    marks.append("✓")
                 else:
-                    marks.append("✓" if seen["works"] else f"–[{reasons.setdefault(seen['why'], len(reasons) + 1)}]")
+                    why = seen["why"]
+                    for special, general in GENERAL.items():
+                        why = re.sub(special, general, why)
+                    marks.append(f"–[{reasons.setdefault(why, len(reasons) + 1)}]")
             return marks[0] if len(set(marks)) == 1 and marks[0] != "✓" else " ".join(marks)
 
+        rows: dict[tuple[str, str], list[str]] = {}
+        for projector, tower in itertools.product(projectors, towers):
+            cells = " | ".join(mark((tower, projector, llm)) for llm in llms)
+            rows.setdefault((projector, cells), []).append(NAMES.get(tower, tower))
         lines = [
             f"Each cell: {', '.join(COLUMNS)}. ✓: run and right; –: not supported, see below; ?: not run.",
             "",
-            f"| tower | projector | {' | '.join(NAMES[llm] for llm in llms)} |",
+            f"| projector | towers | {' | '.join(NAMES[llm] for llm in llms)} |",
             f"|---|---|{'---|' * len(llms)}",
+            *(f"| {projector} | {', '.join(names)} | {cells} |" for (projector, cells), names in rows.items()),
         ]
-        for tower, projector in itertools.product(towers, projectors):
-            cells = " | ".join(mark((tower, projector, llm)) for llm in llms)
-            lines.append(f"| {NAMES[tower]} | {projector} | {cells} |")
         return "\n".join([*lines, "", *(f"[{number}] {why}" for why, number in reasons.items())])
 
 

@@ -24,8 +24,9 @@ def test_each_cell_says_what_was_seen(table):
     refused = table.cell(IMPOSSIBLE)
     assert all("continues the patch merger" in refused[name]["why"] for name in COLUMNS)
     lines = table.markdown([PAIR, IMPOSSIBLE]).splitlines()
-    assert "| CLIP | mlp | ✓ ✓ ✓ ? |" in lines
-    assert "| CLIP | extended | –[1] |" in lines
+    assert "| mlp | CLIP | ✓ ✓ ✓ ? |" in lines
+    assert "| extended | CLIP | –[1] |" in lines
+    assert "this tower has none" in lines[-1]
 
 
 def test_what_was_run_is_not_run_again(table):
