@@ -146,22 +146,23 @@ def test_a_patch_costs_what_the_weights_it_goes_through_do(sources, tower, proje
     from llamafactory.data.qwen_merge_plan import patch_cost
     from transformers import AutoConfig
 
-    if projector == "extended" and not tower.startswith("qwen"):
+    if projector in ("own", "extended") and not tower.startswith("qwen"):
         pytest.skip("a tower without a patch merger")
     vision = AutoConfig.from_pretrained(sources / tower)
     vision = getattr(vision, "vision_config", vision).to_dict()
-    vision["model_type"] = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}.get(tower, tower)
+    vision["model_type"] = f"{tower}_vision_model" if tower in ("clip", "siglip", "siglip2") else tower
     settings = {"kind": projector, **grafts.PROJECTORS[projector]}
-    if projector in ("extended", "patch_merger"):
+    if projector in ("own", "extended", "patch_merger"):
         settings["merge_size"] = 2
-    if projector == "extended":
-        settings["out_hidden_size"] = 48
     text = AutoConfig.from_pretrained(sources / "qwen2").to_dict()
+    if projector in ("own", "extended"):
+        settings["out_hidden_size"] = 48 if projector == "extended" else text["hidden_size"]
     config = QwenMergeGraftConfig(vision_config=vision, projector_config=settings, text_config=text, positions="1d")
     model = QwenMergeGraftForConditionalGeneration(config).model
 
     def matrices(module) -> int:
-        linear = [m for m in module.modules() if isinstance(m, torch.nn.Linear)]
+        named = module.named_modules()
+        linear = [m for name, m in named if isinstance(m, torch.nn.Linear) and "patch_embedding" not in name]
         return sum(m.weight.numel() for m in linear)
 
     unit, llm = config.merge_size**2, matrices(model.language_model)
