@@ -164,6 +164,25 @@ def test_a_tensor_that_is_missing_or_unknown_is_named(sources, tmp_path, capsys)
 
 
 @pytest.mark.parametrize(
+    ("tower", "projector", "vision", "message"),
+    [
+        ("siglip", "mlp", {}, "all 56 x 56 pixels, as the tower's own image processor makes them"),
+        ("siglip", "mlp", {"resolution": "interpolated"}, "3,136 to 262,144 pixels, as in the training recipes"),
+        ("qwen2_5_vl", "mlp", {}, "3,136 to 262,144 pixels, as in the training recipes"),
+        ("qwen2_5_vl", "mlp", {"max_pixels": 9999}, "3,136 to 9,999 pixels, as the file says"),
+        ("qwen2_5_vl", "extended", {}, r"[\d,]+ to [\d,]+ pixels, as in the tower's VLM"),
+    ],
+)
+def test_what_becomes_of_a_picture_s_size_is_said(sources, tmp_path, capsys, tower, projector, vision, message):
+    parts = (sources / tower, projector, sources / "qwen3", tmp_path / "out")
+    file = grafts.write_recipe(tmp_path / "graft.yaml", *parts, vision=vision)
+    assert cli.main(["graft", "--plan", str(file)]) == 0
+    assert re.search(f"pictures: {message}", capsys.readouterr().out)
+    assert cli.main(["graft", str(file)]) == 0
+    assert re.search(f"pictures +{message.replace('56 x 56 pixels', 'of one size')}", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
     ("tower", "projector"), [("siglip", "mlp"), ("qwen2_5_vl", "extended"), ("qwen2_5_vl", "linear")]
 )
 def test_the_plan_is_what_is_made(sources, tmp_path, capsys, tower, projector):

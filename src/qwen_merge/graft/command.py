@@ -89,13 +89,13 @@ def _run(arguments: argparse.Namespace) -> int:
     from qwen_merge.graft.make import make
     from qwen_merge.graft.measure import measure, read_text
     from qwen_merge.graft.recipe import read
-    from qwen_merge.merger.sources import open_source
+    from qwen_merge.graft.show import show, sizes
+    from qwen_merge.merger.companions import PREPROCESSOR
+    from qwen_merge.merger.sources import Source, open_source
 
     recipe = read(arguments.file)
     text = read_text(Path(arguments.measure) if arguments.measure else None)
     if arguments.plan:
-        from qwen_merge.graft.show import show
-
         show(recipe, arguments.picture)
         return 0
     report = make(recipe)
@@ -107,6 +107,7 @@ def _run(arguments: argparse.Namespace) -> int:
     print(
         f"  written                      {report.nbytes:,} bytes, {len(report.shards)} file(s), {report.seconds:.1f} s"
     )
+    print(f"  pictures                     {sizes(recipe, Source(report.output, 'graft').read_json(PREPROCESSOR))}")
     for note in plan.notes:
         print(f"  note: {in_the_files_words(note)}")
     if (arguments.measure is not None or plan.dropped["llm"].get(LEFT_OUT)) and not arguments.no_measure:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from qwen_merge.errors import UserError
 from qwen_merge.graft.command import in_the_files_words
 from qwen_merge.graft.make import draft, step_one
-from qwen_merge.graft.recipe import Recipe
+from qwen_merge.graft.recipe import STOCK, Recipe
 from qwen_merge.merger import companions as companion_files
 from qwen_merge.merger.merge import prepare
 
@@ -49,14 +49,36 @@ def show(recipe: Recipe, picture: tuple[int, int]) -> None:
     )
     for tensor in parts["projector"]:
         print(f"    {tensor.name:40} {list(tensor.shape)}{'  new' if tensor.origin == 'new' else ''}")
-    tokens = _tokens(files, picture)
+    tokens, size = _tokens(files, picture)
+    print(f"  pictures: {sizes(recipe, json.loads(files[companion_files.PREPROCESSOR]), size)}")
     print(f"  a picture of {picture[0]} x {picture[1]} takes {tokens} tokens")
     for note in plan.notes:
         print(f"  note: {in_the_files_words(note)}")
 
 
-def _tokens(files: Mapping[str, bytes], picture: tuple[int, int]) -> int:
-    """As the result's own image processor cuts a grey picture of that size.
+def sizes(recipe: Recipe, settings: Mapping, made: tuple[int, int] | None = None) -> str:
+    """What becomes of a picture's size, in words. settings: the result's `preprocessor_config.json`. made: the width
+    and the height of a picture as the tower gets it; of one that takes a single size, all have it.
+    """
+    if settings.get("tower_processor"):
+        size = f"{made[0]} x {made[1]} pixels" if made else "of one size"
+        return f"all {size}, as the tower's own image processor makes them; vision.resolution: interpolated takes others"
+    size = settings.get("size") or {}
+    least, most = (
+        settings.get(name) or size.get(edge, "?")
+        for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
+    )
+    bounds = f"{least:,} to {most:,} pixels" if isinstance(least, int) and isinstance(most, int) else "of any size"
+    if recipe.vision.min_pixels or recipe.vision.max_pixels:
+        return f"{bounds}, as the file says"
+    if "factor" not in settings:
+        can = "; vision.min_pixels, max_pixels change it" if recipe.architecture == STOCK else ""
+        return f"{bounds}, as in the tower's VLM{can}"
+    return f"{bounds}, as in the training recipes, larger ones are made smaller; vision.min_pixels, max_pixels change it"
+
+
+def _tokens(files: Mapping[str, bytes], picture: tuple[int, int]) -> tuple[int, tuple[int, int]]:
+    """As the result's own image processor cuts a grey picture of that size: its tokens, and its width and height then.
 
     Raises:
         UserError: it takes no such picture.
@@ -73,4 +95,6 @@ def _tokens(files: Mapping[str, bytes], picture: tuple[int, int]) -> int:
         grid = processor(images=Image.new("RGB", picture, (128, 128, 128)))["image_grid_thw"][0]
     except ValueError as error:
         raise UserError(f"--picture {picture[0]}x{picture[1]}: {error}") from None
-    return processor.tokens(grid) if hasattr(processor, "tokens") else int(grid.prod()) // processor.merge_size**2
+    size = int(grid[2]) * processor.patch_size, int(grid[1]) * processor.patch_size
+    merged = int(grid.prod()) // processor.merge_size**2
+    return processor.tokens(grid) if hasattr(processor, "tokens") else merged, size
