@@ -44,14 +44,44 @@ def test_all_mistakes_of_a_file_are_told_together(tmp_path, capsys):
         tmp_path / "graft.yaml",
         "unknown key 'colour'",
         "unknown key vision.layr",
-        "vision.frozen is 'yes'; expected bool",
+        "vision.frozen is 'yes'; expected true or false",
         "unknown key projector.queries for kind mlp",
         "projector.merge_size is 0; expected a whole number from 1 on",
         "llm.source is missing",
         "positions is '2d'; expected one of mrope, 1d, mrope-2d",
         "seed is -1",
-        "output is None",
+        "output is missing; expected the path",
     )
+
+
+def test_a_mistake_hides_no_other_of_its_part(tmp_path, capsys):
+    (tmp_path / "graft.yaml").write_text(
+        "vision: {source: a/b, layers: 3, resolution: big, max_pixels: -1}\n"
+        "projector: {kind: mpl, mergesize: 2, merge_size: 0}\n"
+        "llm: {source: 3}\n"
+        "tokens: {imag: x, image: <|im_end|>}\n"
+        "output: null\n"
+    )
+    refused(
+        capsys,
+        tmp_path / "graft.yaml",
+        "unknown key vision.layers",
+        "vision.resolution is 'big'",
+        "max_pixels -1",
+        "projector.kind is 'mpl'",
+        "unknown key projector.mergesize; expected any of",
+        "projector.merge_size is 0",
+        "llm.source is 3; expected a text",
+        "unknown key tokens.imag",
+        "tokens.image is '<|im_end|>'",
+        "output is None; expected the path",
+    )
+
+
+def test_both_sources_that_are_missing_are_told(tmp_path, capsys):
+    parts = (tmp_path / "tower", "mlp", tmp_path / "model", tmp_path / "out")
+    file = grafts.write_recipe(tmp_path / "graft.yaml", *parts)
+    refused(capsys, file, f"the vision {parts[0]} does not exist", f"the llm {parts[2]} does not exist")
 
 
 def test_an_output_inside_a_source_is_refused(sources, tmp_path, capsys):

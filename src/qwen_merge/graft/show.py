@@ -62,10 +62,12 @@ def sizes(recipe: Recipe, settings: Mapping, made: tuple[int, int] | None = None
     """
     if settings.get("tower_processor"):
         size = f"{made[0]} x {made[1]} pixels" if made else "of one size"
-        return f"all {size}, as the tower's own image processor makes them; vision.resolution: interpolated takes others"
-    size = settings.get("size") or {}
+        return (
+            f"all {size}, as the tower's own image processor makes them; vision.resolution: interpolated takes others"
+        )
+    edges = settings.get("size") or {}
     least, most = (
-        settings.get(name) or size.get(edge, "?")
+        settings.get(name) or edges.get(edge, "?")
         for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
     )
     bounds = f"{least:,} to {most:,} pixels" if isinstance(least, int) and isinstance(most, int) else "of any size"
@@ -74,7 +76,9 @@ def sizes(recipe: Recipe, settings: Mapping, made: tuple[int, int] | None = None
     if "factor" not in settings:
         can = "; vision.min_pixels, max_pixels change it" if recipe.architecture == STOCK else ""
         return f"{bounds}, as in the tower's VLM{can}"
-    return f"{bounds}, as in the training recipes, larger ones are made smaller; vision.min_pixels, max_pixels change it"
+    return (
+        f"{bounds}, as in the training recipes, larger ones are made smaller; vision.min_pixels, max_pixels change it"
+    )
 
 
 def _tokens(files: Mapping[str, bytes], picture: tuple[int, int]) -> tuple[int, tuple[int, int]]:
