@@ -15,6 +15,10 @@ A file says which vision tower, projector and LLM are joined:
   positions: mrope                                        # mrope-2d, 1d
   output:    my-vlm-base
   architecture: qwen2_5_vl           # stock Qwen2.5-VL, for tools that load no other; costs a Qwen3 its q/k norms
+
+Further keys: revision, layer, frozen, resolution, min_pixels, max_pixels and deepstack of vision; hidden_size, queries
+and heads of projector; revision of llm; mrope_section, tokens, seed, max_shard_size. What each means and what it is
+when it is left out: docs/graft.md in the kit's repository.
 """
 
 
@@ -67,6 +71,7 @@ _IN_THE_FILE = (
     ("--output-path", "output"),
     ("--mrope-section TIME,HEIGHT,WIDTH", "mrope_section: [TIME, HEIGHT, WIDTH]"),
     ("--mrope-section", "mrope_section"),
+    ("--revision", "revision"),
 )
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from qwen_merge.errors import UserError
 from qwen_merge.graft.command import in_the_files_words
@@ -49,22 +50,19 @@ def show(recipe: Recipe, picture: tuple[int, int]) -> None:
     )
     for tensor in parts["projector"]:
         print(f"    {tensor.name:40} {list(tensor.shape)}{'  new' if tensor.origin == 'new' else ''}")
-    tokens, size = _tokens(files, picture)
-    print(f"  pictures: {sizes(recipe, json.loads(files[companion_files.PREPROCESSOR]), size)}")
+    settings = json.loads(files[companion_files.PREPROCESSOR])
+    tokens, _ = _cut(settings, picture)
+    print(f"  pictures: {sizes(recipe, settings)}")
     print(f"  a picture of {picture[0]} x {picture[1]} takes {tokens} tokens")
     for note in plan.notes:
         print(f"  note: {in_the_files_words(note)}")
 
 
-def sizes(recipe: Recipe, settings: Mapping, made: tuple[int, int] | None = None) -> str:
-    """What becomes of a picture's size, in words. settings: the result's `preprocessor_config.json`. made: the width
-    and the height of a picture as the tower gets it; of one that takes a single size, all have it.
-    """
+def sizes(recipe: Recipe, settings: Mapping[str, Any]) -> str:
+    """What becomes of a picture's size, in words. settings: the result's `preprocessor_config.json`."""
     if settings.get("tower_processor"):
-        size = f"{made[0]} x {made[1]} pixels" if made else "of one size"
-        return (
-            f"all {size}, as the tower's own image processor makes them; vision.resolution: interpolated takes others"
-        )
+        _, (width, height) = _cut(settings, (640, 480))  # any will do
+        return f"all {width} x {height} pixels, the tower's own size; vision.resolution: interpolated takes others"
     edges = settings.get("size") or {}
     least, most = (
         settings.get(name) or edges.get(edge, "?")
@@ -81,7 +79,7 @@ def sizes(recipe: Recipe, settings: Mapping, made: tuple[int, int] | None = None
     )
 
 
-def _tokens(files: Mapping[str, bytes], picture: tuple[int, int]) -> tuple[int, tuple[int, int]]:
+def _cut(settings: Mapping[str, Any], picture: tuple[int, int]) -> tuple[int, tuple[int, int]]:
     """As the result's own image processor cuts a grey picture of that size: its tokens, and its width and height then.
 
     Raises:
@@ -92,7 +90,6 @@ def _tokens(files: Mapping[str, bytes], picture: tuple[int, int]) -> tuple[int, 
 
     from qwen_merge.architecture.processing_qwen_merge_graft import QwenMergeGraftImageProcessor
 
-    settings = json.loads(files[companion_files.PREPROCESSOR])
     kind = QwenMergeGraftImageProcessor if "factor" in settings else Qwen2VLImageProcessor
     processor = kind(**{key: value for key, value in settings.items() if key != "auto_map"})
     try:
