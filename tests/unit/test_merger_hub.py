@@ -191,6 +191,10 @@ def test_a_hub_that_does_not_answer(hub, run):
     hub.server_close()
     done, output = run()
     check_refused(
-        done, output, "the VLM Qwen/vlm is no local directory, and cannot be downloaded", "offline", "Name a directory"
+        done,
+        output,
+        "the VLM Qwen/vlm is no local directory, and cannot be downloaded",
+        "offline",
+        "name a directory",
     )
     assert not any(raw in done.stderr for raw in ("MaxRetryError", "object at 0x", "Errno"))
