@@ -5,6 +5,7 @@ One launch of `llamafactory-cli train`, with DeepSpeed; what LLaMA-Factory does 
 
 import json
 import shutil
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -444,6 +445,24 @@ def test_deepspeeds_own_optimizer_knows_one_rate(graft, caplog, own):
     with caplog.at_level("ERROR"), pytest.raises(SystemExit):
         prepare_training(model, arguments, [], finetuning_args=FinetuningArguments(projector_learning_rate=1e-5))
     assert f"The DeepSpeed configuration has its own {own}, which" in caplog.text
+
+
+@pytest.mark.parametrize("by_accelerate", [False, True])
+def test_fsdp_is_refused_for_towers_of_pictures(graft, caplog, monkeypatch, by_accelerate):
+    from llamafactory.hparams import FinetuningArguments
+    from llamafactory.model.model_utils.qwen_merge import prepare_training
+
+    arguments = SimpleNamespace(torch_compile=False, fsdp=[] if by_accelerate else ["full_shard"])
+    if by_accelerate:
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    load = partial(AutoModelForImageTextToText.from_pretrained, trust_remote_code=True)
+    of_any_grid = load(graft("qwen2_5_vl", "mlp", "qwen3", "mrope"))
+    prepare_training(of_any_grid, arguments, [], finetuning_args=FinetuningArguments())  # the control: one call for all
+    of_pictures = load(graft("siglip", "mlp", "qwen3", "mrope"))
+    with caplog.at_level("ERROR"), pytest.raises(SystemExit):
+        prepare_training(of_pictures, arguments, [], finetuning_args=FinetuningArguments())
+    assert "FSDP gathers weights call by call" in caplog.text
+    assert "deepspeed: examples/deepspeed/ds_z2_config.json" in caplog.text
 
 
 def test_a_wrong_trainable_set_stops_a_run_by_lora(graft, data, tmp_path, caplog, monkeypatch):

@@ -34,7 +34,8 @@ def run(capsys):
         capsys.readouterr()
         code = verify(directory, **options)
         *lines, last = capsys.readouterr().out.splitlines()
-        return code, {line[13:29].strip(): (line[:12].strip(), line[30:]) for line in lines}, last
+        checks = [line for line in lines if not line.startswith("NOTE")]
+        return code, {line[13:29].strip(): (line[:12].strip(), line[30:]) for line in checks}, last
 
     return verified
 
@@ -216,7 +217,7 @@ def test_a_truncated_file(run, copy):
     assert "cut short" in results["tensors"][1]
 
 
-def test_without_sources_it_says_what_it_did_not_check(run, copy, tied):
+def test_without_sources_it_says_what_it_did_not_check(run, copy, tied, capsys):
     manifest = json.loads((copy / MANIFEST).read_text())
     manifest["sources"]["vlm"]["path"] = "/nowhere/vlm"
     write_json(copy / MANIFEST, manifest)
@@ -231,6 +232,8 @@ def test_without_sources_it_says_what_it_did_not_check(run, copy, tied):
     code, results, _ = run(copy, forward=False)
     assert verdicts(results) == {**dict.fromkeys(CHECKS, "NOT CHECKED"), "tensors": "PASS"}
     assert f"no {MANIFEST} says where the VLM is" in results["configuration"][1]
+    assert verify(copy, forward=False) == 0
+    assert "it is for what qwen-merge merge and graft wrote, before training" in capsys.readouterr().out
 
 
 def test_other_sources_than_it_was_made_of(run, tied, untied, tmp_path):

@@ -132,6 +132,17 @@ def test_what_cannot_be_joined_is_said(tmp_path, sources, capsys, code, config, 
     assert not (tmp_path / "out").exists()
 
 
+def test_its_file_is_named_from_the_recipes_folder_on(tmp_path, sources, monkeypatch):
+    weights, code = own_encoder.make(tmp_path / "mine")
+    parts = (weights, "linear", sources / "qwen3", tmp_path / "graft")
+    recipe = grafts.write_recipe(tmp_path / "graft.yaml", *parts, vision={"code": f"mine/{code.name}"})
+    (tmp_path / "elsewhere/mine").mkdir(parents=True)
+    (tmp_path / "elsewhere/mine" / code.name).write_text("raise RuntimeError('the wrong one')")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert cli.main(["graft", str(recipe)]) == 0
+    assert (tmp_path / "graft/encoder_qwen_merge_graft.py").read_bytes() == code.read_bytes()
+
+
 def test_verify_compares_its_tensors_and_does_not_run_its_code(made, tmp_path, capsys):
     folder = shutil.copytree(made[0], tmp_path / "graft")
     assert cli.main(["verify", str(folder)]) == 0

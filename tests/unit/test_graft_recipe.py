@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import yaml
 
 import grafts
 from qwen_merge import cli
+from qwen_merge.architecture import kinds_qwen_merge_graft as kinds
+from qwen_merge.graft import recipe
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +47,85 @@ def test_all_mistakes_of_a_file_are_told_together(tmp_path, capsys):
         tmp_path / "graft.yaml",
         "unknown key 'colour'",
         "unknown key vision.layr",
-        "vision.frozen is 'yes'; expected bool",
+        "vision.frozen is 'yes'; expected true or false",
         "unknown key projector.queries for kind mlp",
         "projector.merge_size is 0; expected a whole number from 1 on",
         "llm.source is missing",
         "positions is '2d'; expected one of mrope, 1d, mrope-2d",
         "seed is -1",
-        "output is None",
+        "output is missing; expected the path",
     )
+
+
+def test_a_mistake_hides_no_other_of_its_part(tmp_path, capsys):
+    (tmp_path / "graft.yaml").write_text(
+        "vision: {source: a/b, layers: 3, resolution: big, max_pixels: -1}\n"
+        "projector: {kind: mpl, mergesize: 2, merge_size: 0}\n"
+        "llm: {source: 3}\n"
+        "tokens: {imag: x, image: <|im_end|>}\n"
+        "output: null\n"
+    )
+    refused(
+        capsys,
+        tmp_path / "graft.yaml",
+        "unknown key vision.layers",
+        "vision.resolution is 'big'",
+        "max_pixels -1",
+        "projector.kind is 'mpl'",
+        "unknown key projector.mergesize; expected any of",
+        "projector.merge_size is 0",
+        "llm.source is 3; expected a text",
+        "unknown key tokens.imag",
+        "tokens.image is '<|im_end|>'",
+        "output is None; expected the path",
+    )
+
+
+def test_both_sources_that_are_missing_are_told(tmp_path, capsys):
+    parts = (tmp_path / "tower", "mlp", tmp_path / "model", tmp_path / "out")
+    file = grafts.write_recipe(tmp_path / "graft.yaml", *parts)
+    refused(capsys, file, f"the vision {parts[0]} does not exist", f"the llm {parts[2]} does not exist")
+
+
+def test_the_reference_has_every_key_and_no_other():
+    """docs/graft.md against what is read; of a projector's kinds and settings, too."""
+    text = (Path(__file__).parents[2] / "docs/graft.md").read_text(encoding="utf-8")
+    rows = [
+        [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in text.splitlines() if line[:3] == "| `"
+    ]
+    told = {row[0].strip("`"): row for row in rows}
+    parts = {"vision": recipe.Vision, "llm": recipe.LLM, "tokens": recipe.Tokens}
+    known = {field.name for field in fields(recipe.Recipe)} - {*parts, "projector"}
+    known |= {f"{part}.{field.name}" for part, kind in parts.items() for field in fields(kind)}
+    settings = {name for each in kinds.PROJECTORS.values() for name in each}
+    assert set(told) == known | {f"projector.{name}" for name in ("kind", *settings)}
+    for name in settings:
+        of = re.findall(r"`(\w+)`", told[f"projector.{name}"][1])
+        assert of == [kind for kind, each in kinds.PROJECTORS.items() if name in each]
+    for row, values in (
+        (told["projector.kind"][2], kinds.PROJECTORS),
+        (told["positions"][1], recipe.POSITIONS),
+        (told["architecture"][1], recipe.ARCHITECTURES),
+    ):
+        assert set(values) == set(re.findall(r"`([\w-]+)`", row))
+    defaults = {
+        "vision.layer": -1, "seed": 42, "max_shard_size": "`5GB`", "vision.frozen": "true", "positions": "`mrope`",
+        "vision.min_pixels": recipe.PIXELS[0], "vision.max_pixels": recipe.PIXELS[1],
+        "projector.queries": kinds.QUERIES,
+    }  # fmt: skip
+    assert {key: told[key][-1].split(",")[0].split(" ")[0] for key in defaults} == {
+        k: str(v) for k, v in defaults.items()
+    }
+
+
+def test_the_help_names_every_key(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["graft", "--help"])
+    said = capsys.readouterr().out
+    names = {field.name for kind in (recipe.Recipe, recipe.Vision, recipe.LLM) for field in fields(kind)}
+    names |= {name for each in kinds.PROJECTORS.values() for name in each}
+    assert not {name for name in names if not re.search(rf"\b{name}\b", said)}
+    assert "docs/graft.md" in said
 
 
 def test_an_output_inside_a_source_is_refused(sources, tmp_path, capsys):
@@ -93,18 +167,16 @@ def test_a_configuration_that_is_no_models(sources, tmp_path, capsys, change, me
     shutil.copytree(sources / "qwen3", tmp_path / "llm")
     content = json.loads((tmp_path / "llm/config.json").read_text())
     (tmp_path / "llm/config.json").write_text(json.dumps({**content, **change}))
-    recipe = grafts.write_recipe(tmp_path / "graft.yaml", sources / "siglip", "mlp", tmp_path / "llm", tmp_path / "out")
-    refused(capsys, recipe, message)
+    file = grafts.write_recipe(tmp_path / "graft.yaml", sources / "siglip", "mlp", tmp_path / "llm", tmp_path / "out")
+    refused(capsys, file, message)
 
 
 @pytest.mark.parametrize("settings", [{"image_processor_type": "NoSuchImageProcessor"}, {}])
 def test_an_image_processor_that_transformers_does_not_have(sources, tmp_path, capsys, settings):
     shutil.copytree(sources / "siglip", tmp_path / "siglip")
     (tmp_path / "siglip/preprocessor_config.json").write_text(json.dumps(settings))
-    recipe = grafts.write_recipe(
-        tmp_path / "graft.yaml", tmp_path / "siglip", "mlp", sources / "qwen3", tmp_path / "out"
-    )
-    refused(capsys, recipe, "expected one of transformers' image processors")
+    file = grafts.write_recipe(tmp_path / "graft.yaml", tmp_path / "siglip", "mlp", sources / "qwen3", tmp_path / "out")
+    refused(capsys, file, "expected one of transformers' image processors")
 
 
 @pytest.mark.parametrize(
@@ -161,6 +233,25 @@ def test_a_tensor_that_is_missing_or_unknown_is_named(sources, tmp_path, capsys)
         "missing tensor visual.vision_model.post_layernorm.bias, expected shape [32]",
         "unknown tensor vision_model.encoder.extra",
     )
+
+
+@pytest.mark.parametrize(
+    ("tower", "projector", "vision", "message"),
+    [
+        ("siglip", "mlp", {}, "all 56 x 56 pixels, the tower's own size"),
+        ("siglip", "mlp", {"resolution": "interpolated"}, "3,136 to 262,144 pixels, as in the training recipes"),
+        ("qwen2_5_vl", "mlp", {}, "3,136 to 262,144 pixels, as in the training recipes"),
+        ("qwen2_5_vl", "mlp", {"max_pixels": 9999}, "3,136 to 9,999 pixels, as the file says"),
+        ("qwen2_5_vl", "extended", {}, r"[\d,]+ to [\d,]+ pixels, as in the tower's VLM"),
+    ],
+)
+def test_what_becomes_of_a_picture_s_size_is_said(sources, tmp_path, capsys, tower, projector, vision, message):
+    parts = (sources / tower, projector, sources / "qwen3", tmp_path / "out")
+    file = grafts.write_recipe(tmp_path / "graft.yaml", *parts, vision=vision)
+    assert cli.main(["graft", "--plan", str(file)]) == 0
+    assert re.search(f"pictures: {message}", capsys.readouterr().out)
+    assert cli.main(["graft", str(file)]) == 0
+    assert re.search(f"pictures +{message}", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,23 @@ def test_a_missing_tensor_and_other_sources_are_named(graft, capsys, tmp_path):
     assert "these sources do not make this checkpoint" in capsys.readouterr().out
 
 
+def test_what_there_is_nothing_to_compare_with(graft, capsys, tmp_path):
+    folder = shutil.copytree(graft("siglip", "mlp", "qwen3", "mrope"), tmp_path / "trained")
+    (folder / "merge_manifest.json").unlink()
+    assert cli.main(["verify", str(folder)]) == 2
+    out, error = capsys.readouterr()
+    assert "NOT CHECKED" not in out
+    assert f"nothing of {folder} could be checked: no merge_manifest.json says where the VLM is" in error
+    assert "before training" in error
+    sources = ["--vlm-path", str(graft.folder / "siglip"), "--llm-path", str(graft.folder / "qwen3")]
+    assert cli.main(["verify", str(folder), "--no-forward", *sources]) == 0  # the control: named, they are compared
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert cli.main(["verify", str(folder), "--no-forward", *sources]) == 1
+    assert "before training" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [

@@ -183,11 +183,18 @@ def test_an_interrupted_download(hub, run):
 
 def test_a_repository_that_is_not_in_the_cache(run):
     done, output = run(offline=True)
-    check_refused(done, output, "the VLM Qwen/vlm is not in the local cache")
+    check_refused(done, output, "the VLM Qwen/vlm is not in the local cache", "Name a directory instead")
 
 
 def test_a_hub_that_does_not_answer(hub, run):
     hub.shutdown()
     hub.server_close()
     done, output = run()
-    check_refused(done, output, "the VLM Qwen/vlm cannot be")
+    check_refused(
+        done,
+        output,
+        "the VLM Qwen/vlm is no local directory, and cannot be downloaded",
+        "offline",
+        "name a directory",
+    )
+    assert not any(raw in done.stderr for raw in ("MaxRetryError", "object at 0x", "Errno"))

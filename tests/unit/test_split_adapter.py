@@ -45,6 +45,8 @@ def test_a_base_of_other_shapes_is_refused(folders, tmp_path, capsys, adapter):
     assert "layers.0.mlp.down_proj.lora_A.weight is [2, " in said
     assert not list(tmp_path.iterdir())
     assert split(folder / adapter, base, tmp_path / "out") == 0  # the control
+    names = {path.name for path in base.iterdir()}
+    assert {path.name for path in (tmp_path / "out/base").iterdir()} == names - {"merge_manifest.json"} != names
 
 
 def test_broken_folders_are_refused(folders, tmp_path, capsys):

@@ -15,6 +15,10 @@ A file says which vision tower, projector and LLM are joined:
   positions: mrope                                        # mrope-2d, 1d
   output:    my-vlm-base
   architecture: qwen2_5_vl           # stock Qwen2.5-VL, for tools that load no other; costs a Qwen3 its q/k norms
+
+Further keys: revision, layer, frozen, resolution, min_pixels, max_pixels and deepstack of vision; hidden_size, queries
+and heads of projector; revision of llm; mrope_section, tokens, seed, max_shard_size. What each means and what it is
+when it is left out: docs/graft.md in the kit's repository.
 """
 
 
@@ -67,6 +71,7 @@ _IN_THE_FILE = (
     ("--output-path", "output"),
     ("--mrope-section TIME,HEIGHT,WIDTH", "mrope_section: [TIME, HEIGHT, WIDTH]"),
     ("--mrope-section", "mrope_section"),
+    ("--revision", "revision"),
 )
 
 
@@ -89,13 +94,13 @@ def _run(arguments: argparse.Namespace) -> int:
     from qwen_merge.graft.make import make
     from qwen_merge.graft.measure import measure, read_text
     from qwen_merge.graft.recipe import read
-    from qwen_merge.merger.sources import open_source
+    from qwen_merge.graft.show import show, sizes
+    from qwen_merge.merger.companions import PREPROCESSOR
+    from qwen_merge.merger.sources import Source, open_source
 
     recipe = read(arguments.file)
     text = read_text(Path(arguments.measure) if arguments.measure else None)
     if arguments.plan:
-        from qwen_merge.graft.show import show
-
         show(recipe, arguments.picture)
         return 0
     report = make(recipe)
@@ -107,6 +112,7 @@ def _run(arguments: argparse.Namespace) -> int:
     print(
         f"  written                      {report.nbytes:,} bytes, {len(report.shards)} file(s), {report.seconds:.1f} s"
     )
+    print(f"  pictures                     {sizes(recipe, Source(report.output, 'graft').read_json(PREPROCESSOR))}")
     for note in plan.notes:
         print(f"  note: {in_the_files_words(note)}")
     if (arguments.measure is not None or plan.dropped["llm"].get(LEFT_OUT)) and not arguments.no_measure:

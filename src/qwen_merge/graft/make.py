@@ -18,7 +18,7 @@ from qwen_merge.merger.configuration import RopeOptions
 from qwen_merge.merger.merge import MergeOptions, MergeReport, Prepared, merge, refuse_inside, write
 from qwen_merge.merger.plan import MergePlan
 from qwen_merge.merger.shards import parse_size
-from qwen_merge.merger.sources import open_source
+from qwen_merge.merger.sources import Source, open_source
 from qwen_merge.merger.staging import remove_stale, resolved_output
 
 PROCESSOR = "processor_config.json"
@@ -42,8 +42,7 @@ def draft(recipe: Recipe) -> Drafted:
         UserError: whatever does not fit, the place of the output and the size of its files among it.
     """
     place = resolved_output(recipe.output), parse_size(recipe.max_shard_size)
-    vision = open_source(recipe.vision.source, "vision", recipe.vision.revision)
-    llm = open_source(recipe.llm.source, "llm", recipe.llm.revision)
+    vision, llm = _opened(recipe)
     refuse_inside(place[0], vision, llm)
     sources = planning.identify(recipe, vision, llm)
     if recipe.architecture == STOCK:
@@ -58,6 +57,26 @@ def draft(recipe: Recipe) -> Drafted:
     plan.notes.extend(companions.notes)
     _add_files(companions, recipe, sources, config)
     return Drafted(*place, sources, plan, companions)
+
+
+def _opened(recipe: Recipe) -> tuple[Source, Source]:
+    """The tower's checkpoint and the LLM's.
+
+    Raises:
+        UserError: what is wrong with either, or with both.
+    """
+    opened, problems = [], []
+    for role in ("vision", "llm"):
+        part = getattr(recipe, role)
+        try:
+            opened.append(open_source(part.source, role, part.revision))
+        except UserError as error:
+            problems.append(str(error))
+    if len(problems) == 1:
+        raise UserError(problems[0])
+    if problems:
+        raise UserError.from_list("neither source can be read:", problems)
+    return opened[0], opened[1]
 
 
 def make(recipe: Recipe) -> MergeReport:
@@ -125,7 +144,7 @@ def _add_files(companions: companion_files.Companions, recipe: Recipe, sources: 
     for path in GRAFT_CODE_FILES:
         companions.files[path.name] = path.read_bytes()
     if recipe.vision.code is not None:
-        companions.files[own_encoder.FILE] = Path(recipe.vision.code).expanduser().read_bytes()
+        companions.files[own_encoder.FILE] = Path(recipe.vision.code).read_bytes()
 
 
 def _own_processor(sources: planning.Sources) -> tuple[str, Any]:

@@ -31,7 +31,7 @@ def known(code: str | None, vision: Any) -> Iterator[None]:
         return
     from qwen_merge.architecture.configuration_qwen_merge_graft import vision_config_of
 
-    encoder = _encoder_of(Path(code).expanduser())
+    encoder = _encoder_of(Path(code))
     _check_shape(encoder, vision_config_of(vision) if isinstance(vision, dict) else vision, code)
     with _in_its_place(encoder):
         yield

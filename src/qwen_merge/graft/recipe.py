@@ -12,7 +12,7 @@ Every key but `source`, `kind` and `output` has a default; an unknown one is an 
 import math
 import os
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,6 +25,7 @@ PIXELS = (56 * 56, 512 * 512)  # as training's image_max_pixels
 POSITIONS = (*kinds.POSITIONS, "mrope-2d")
 STOCK = "qwen2_5_vl"
 _SPELLING = re.compile(r"""[^\s"'{}\\]+""")  # it stands in a template's strings
+_TYPES = {bool: "true or false", int: "a whole number", str: "a text", type(None): "null"}
 _TURNS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")  # of Qwen's conversations
 ARCHITECTURES = ("qwen_merge_graft", STOCK)
 
@@ -36,7 +37,8 @@ class Vision:
     layer: whose output is taken (-1: the tower's result). frozen: it does not train unless a trainer says so.
     resolution: "native" any size, "fixed" the tower's own, "interpolated" any size for a tower with one.
     min_pixels, max_pixels: of a picture of any size (default: `PIXELS`).
-    code: the file of a user's own encoder, whose weights are the source's (`own_encoder.py`).
+    code: the file of a user's own encoder, whose weights are the source's (`own_encoder.py`); in a file it is named
+    from the folder of that file on.
     deepstack: whether Qwen3-VL's tower adds what it saw on the way to the LLM's first layers; null: with projector own.
     """
 
@@ -86,7 +88,10 @@ class Recipe:
 def pixels(vision: Vision) -> tuple[int, int]:
     """The fewest and the most of a picture of any size."""
     least, most = PIXELS
-    return vision.min_pixels or least, vision.max_pixels or most
+    return (
+        least if vision.min_pixels is None else vision.min_pixels,
+        most if vision.max_pixels is None else vision.max_pixels,
+    )
 
 
 def read(path: Path) -> Recipe:
@@ -123,7 +128,8 @@ def _recipe(content: Any, path: Path, problems: list[str]) -> Recipe | None:
     projector = _projector(content.get("projector"), problems)
     output = content.get("output")
     if not isinstance(output, str) or not output or "\0" in output:
-        problems.append(f"output is {output!r}; expected the path of a new directory")
+        seen = f"is {output!r}" if "output" in content else "is missing"
+        problems.append(f"output {seen}; expected the path of a new directory")
     positions, section = content.get("positions", "mrope"), content.get("mrope_section")
     architecture = content.get("architecture", ARCHITECTURES[0])
     if architecture not in ARCHITECTURES:
@@ -137,21 +143,26 @@ def _recipe(content: Any, path: Path, problems: list[str]) -> Recipe | None:
     seed, size = content.get("seed", 42), content.get("max_shard_size", "5GB")
     if type(seed) is not int or not 0 <= seed < 2**64:
         problems.append(f"seed is {seed!r}; expected a number from 0 to 2**64 - 1")
-    if vision is not None and vision.resolution not in (None, "native", "fixed", "interpolated"):
-        problems.append(f"vision.resolution is {vision.resolution!r}; expected native, fixed or interpolated")
     if vision is not None:
-        least, most = pixels(vision)
-        if not 0 < least <= most:
-            problems.append(
-                f"vision.min_pixels is {least} and max_pixels {most}; expected 0 < min_pixels <= max_pixels"
-            )
+        problems += _vision_problems(vision)
     if tokens is not None:
         problems += _token_problems(tokens)
     if problems or vision is None or llm is None or tokens is None:
         return None
     section = tuple(section) if section is not None else None
+    if vision.code is not None:
+        vision = replace(vision, code=str(path.parent / os.path.expanduser(vision.code)))
     output = Path(os.path.expanduser(str(output)))
     return Recipe(vision, projector, llm, output, positions, section, tokens, seed, str(size), architecture)
+
+
+def _vision_problems(vision: Vision) -> list[str]:
+    problems, (least, most) = [], pixels(vision)
+    if vision.resolution not in (None, "native", "fixed", "interpolated"):
+        problems.append(f"vision.resolution is {vision.resolution!r}; expected native, fixed or interpolated")
+    if not 0 < least <= most:
+        problems.append(f"vision.min_pixels is {least} and max_pixels {most}; expected 0 < min_pixels <= max_pixels")
+    return problems
 
 
 def _token_problems(tokens: Tokens) -> list[str]:
@@ -167,12 +178,12 @@ def _token_problems(tokens: Tokens) -> list[str]:
 
 
 def _part(kind: type, content: Any, name: str, problems: list[str]) -> Any:
-    """A section as its dataclass, or None when something is wrong with it."""
+    """A section as its dataclass, without what is wrong with it: the rest is checked all the same. None: no section."""
     if not isinstance(content, dict):
-        problems.append(f"{name} is {content!r}; expected a section with {', '.join(f.name for f in fields(kind))}")
+        seen = "is missing" if content is None else f"is {content!r}"
+        problems.append(f"{name} {seen}; expected a section with {', '.join(f.name for f in fields(kind))}")
         return None
-    known = {item.name: item for item in fields(kind)}
-    before = len(problems)
+    known, sound = {item.name: item for item in fields(kind)}, {}
     for key, value in content.items():
         if key not in known:
             problems.append(f"unknown key {name}.{key}; expected any of {', '.join(known)}")
@@ -180,25 +191,35 @@ def _part(kind: type, content: Any, name: str, problems: list[str]) -> Any:
         declared: Any = known[key].type
         allowed = tuple(part for part in (get_args(declared) or (declared,)))
         if type(value) not in allowed:
-            wanted = " or ".join("null" if part is type(None) else part.__name__ for part in allowed)
+            wanted = " or ".join(_TYPES[part] for part in allowed)
             problems.append(f"{name}.{key} is {value!r}; expected {wanted}")
+            continue
+        sound[key] = value
     if "source" in known and "source" not in content:
         problems.append(f"{name}.source is missing; expected a directory or a hub id")
-    return kind(**content) if len(problems) == before else None
+    if "source" in known:
+        sound.setdefault("source", "")
+    return kind(**sound)
 
 
 def _projector(content: Any, problems: list[str]) -> dict[str, Any]:
-    kind = content.get("kind") if isinstance(content, dict) else None
-    if not isinstance(kind, str) or kind not in kinds.PROJECTORS:
-        problems.append(f"projector.kind is {kind!r}; expected one of {', '.join(kinds.PROJECTORS)}")
+    if not isinstance(content, dict):
+        seen = "is missing" if content is None else f"is {content!r}"
+        problems.append(f"projector {seen}; expected a section with kind, one of {', '.join(kinds.PROJECTORS)}")
         return {}
-    settings = kinds.PROJECTORS[kind]
+    kind = content.get("kind")
+    if isinstance(kind, str) and kind in kinds.PROJECTORS:
+        settings, whose = kinds.PROJECTORS[kind], f" for kind {kind}"
+    else:  # what no kind knows is wrong all the same
+        seen = f"is {kind!r}" if "kind" in content else "is missing"
+        problems.append(f"projector.kind {seen}; expected one of {', '.join(kinds.PROJECTORS)}")
+        settings, whose = {name: least for each in kinds.PROJECTORS.values() for name, least in each.items()}, ""
     for key, value in content.items():
         if key == "kind":
             continue
         if key not in settings:
             expected = f"any of {', '.join(settings)}" if settings else "none"
-            problems.append(f"unknown key projector.{key} for kind {kind}; expected {expected}")
+            problems.append(f"unknown key projector.{key}{whose}; expected {expected}")
         elif type(value) is not int or value < settings[key]:
             problems.append(f"projector.{key} is {value!r}; expected a whole number from {settings[key]} on")
     queries = content.get("queries", kinds.QUERIES)

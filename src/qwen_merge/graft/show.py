@@ -3,11 +3,12 @@
 import json
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from qwen_merge.errors import UserError
 from qwen_merge.graft.command import in_the_files_words
 from qwen_merge.graft.make import draft, step_one
-from qwen_merge.graft.recipe import Recipe
+from qwen_merge.graft.recipe import STOCK, Recipe
 from qwen_merge.merger import companions as companion_files
 from qwen_merge.merger.merge import prepare
 
@@ -49,14 +50,37 @@ def show(recipe: Recipe, picture: tuple[int, int]) -> None:
     )
     for tensor in parts["projector"]:
         print(f"    {tensor.name:40} {list(tensor.shape)}{'  new' if tensor.origin == 'new' else ''}")
-    tokens = _tokens(files, picture)
+    settings = json.loads(files[companion_files.PREPROCESSOR])
+    tokens, _ = _cut(settings, picture)
+    print(f"  pictures: {sizes(recipe, settings)}")
     print(f"  a picture of {picture[0]} x {picture[1]} takes {tokens} tokens")
     for note in plan.notes:
         print(f"  note: {in_the_files_words(note)}")
 
 
-def _tokens(files: Mapping[str, bytes], picture: tuple[int, int]) -> int:
-    """As the result's own image processor cuts a grey picture of that size.
+def sizes(recipe: Recipe, settings: Mapping[str, Any]) -> str:
+    """What becomes of a picture's size, in words. settings: the result's `preprocessor_config.json`."""
+    if settings.get("tower_processor"):
+        _, (width, height) = _cut(settings, (640, 480))  # any will do
+        return f"all {width} x {height} pixels, the tower's own size; vision.resolution: interpolated takes others"
+    edges = settings.get("size") or {}
+    least, most = (
+        settings.get(name) or edges.get(edge, "?")
+        for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
+    )
+    bounds = f"{least:,} to {most:,} pixels" if isinstance(least, int) and isinstance(most, int) else "of any size"
+    if recipe.vision.min_pixels or recipe.vision.max_pixels:
+        return f"{bounds}, as the file says"
+    if "factor" not in settings:
+        can = "; vision.min_pixels, max_pixels change it" if recipe.architecture == STOCK else ""
+        return f"{bounds}, as in the tower's VLM{can}"
+    return (
+        f"{bounds}, as in the training recipes, larger ones are made smaller; vision.min_pixels, max_pixels change it"
+    )
+
+
+def _cut(settings: Mapping[str, Any], picture: tuple[int, int]) -> tuple[int, tuple[int, int]]:
+    """As the result's own image processor cuts a grey picture of that size: its tokens, and its width and height then.
 
     Raises:
         UserError: it takes no such picture.
@@ -66,11 +90,12 @@ def _tokens(files: Mapping[str, bytes], picture: tuple[int, int]) -> int:
 
     from qwen_merge.architecture.processing_qwen_merge_graft import QwenMergeGraftImageProcessor
 
-    settings = json.loads(files[companion_files.PREPROCESSOR])
     kind = QwenMergeGraftImageProcessor if "factor" in settings else Qwen2VLImageProcessor
     processor = kind(**{key: value for key, value in settings.items() if key != "auto_map"})
     try:
         grid = processor(images=Image.new("RGB", picture, (128, 128, 128)))["image_grid_thw"][0]
     except ValueError as error:
         raise UserError(f"--picture {picture[0]}x{picture[1]}: {error}") from None
-    return processor.tokens(grid) if hasattr(processor, "tokens") else int(grid.prod()) // processor.merge_size**2
+    size = int(grid[2]) * processor.patch_size, int(grid[1]) * processor.patch_size
+    merged = int(grid.prod()) // processor.merge_size**2
+    return processor.tokens(grid) if hasattr(processor, "tokens") else merged, size

@@ -27,6 +27,7 @@ from qwen_merge.merger.verify import (
     Results,
     check_copied,
     find_source,
+    nothing_checked,
     read_manifest,
     sha256_of,
     stored_chunks,
@@ -34,7 +35,6 @@ from qwen_merge.merger.verify import (
 from qwen_merge.merger.verify_forward import difference, local_directory, quiet, text_logits
 
 FORWARD = ("text logits", "vision features")
-CHECKS = ("tensors", "copied from VLM", "copied from LLM", "new tensors", *FORWARD, "other files")
 
 
 def verify(merged: Source, *, vlm: str | None, llm: str | None, revision: str | None, forward: bool) -> int:
@@ -43,7 +43,7 @@ def verify(merged: Source, *, vlm: str | None, llm: str | None, revision: str | 
     vlm: where the tower's checkpoint is; it and llm: None: as the manifest says.
 
     Raises:
-        UserError: a source that was named cannot be read.
+        UserError: a source cannot be found or read: all of a graft's tensors follow from both.
     """
     from qwen_merge.architecture.configuration_qwen_merge_graft import QwenMergeGraftConfig
 
@@ -51,10 +51,7 @@ def verify(merged: Source, *, vlm: str | None, llm: str | None, revision: str | 
     found = [find_source(given, origin, revision, manifest) for given, origin in ((vlm, "vlm"), (llm, "llm"))]
     (vision, _), (language, _) = found
     if vision is None or language is None:
-        why = "; ".join(reason for _, reason in found if reason)
-        for check in CHECKS:
-            results.add(NOT_CHECKED, check, why)
-        return results.conclude(merged.directory)
+        raise nothing_checked(merged.directory, "; ".join(reason for _, reason in found if reason))
     try:
         config = QwenMergeGraftConfig.from_pretrained(merged.directory)
     except (UserError, ValueError, TypeError, KeyError, AttributeError) as error:

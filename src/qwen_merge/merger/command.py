@@ -16,7 +16,11 @@ something wanted are downloaded. The output appears complete or not at all.
 """
 VERIFY_EPILOG = """\
 Prints one line per check: PASS, FAIL, or NOT CHECKED and why. Leaves with 0 when nothing failed, with 1 when something
-did. Sources are taken from the checkpoint's merge_manifest.json when they are still there.
+did, with 2 when there is nothing to compare with. Sources are taken from the checkpoint's merge_manifest.json when they
+are still there.
+
+It is for what `qwen-merge merge` and `qwen-merge graft` wrote, before training. A checkpoint that was trained, exported
+or split has other weights than its sources, and no manifest: verify the base that it was trained from.
 """
 SPLIT_EPILOG = """\
 Writes OUTPUT/base, the base with the projector (and tower) that trained, and OUTPUT/adapter, low-rank matrices of the
@@ -75,9 +79,12 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=run_merge)
 
     parser = subparsers.add_parser(
-        "verify", help="prove that a merged checkpoint is what it says", epilog=VERIFY_EPILOG, formatter_class=raw
+        "verify",
+        help="prove that a merge or a graft, before training, is what it says",
+        epilog=VERIFY_EPILOG,
+        formatter_class=raw,
     )
-    parser.add_argument("directory", type=Path, help="a merged checkpoint")
+    parser.add_argument("directory", type=Path, help="what a merge or a graft wrote")
     parser.add_argument("--vlm-path", help="the VLM it came from (default: as its manifest says)")
     parser.add_argument("--llm-path", help="the LLM it came from (default: as its manifest says)")
     parser.add_argument("--revision", help="branch, tag or commit of both hub sources")

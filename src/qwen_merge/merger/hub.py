@@ -83,9 +83,11 @@ class HubSource(Source):
             problem = f"has no revision {self.revision!r}; expected a branch, a tag or a full commit"
         except LocalEntryNotFoundError as error:
             if self.offline:
-                problem = "is not in the local cache, and no network may be used (HF_HUB_OFFLINE)"
+                problem = (
+                    "is not in the local cache, and no network may be used (HF_HUB_OFFLINE). Name a directory instead"
+                )
             else:
-                problem = f"cannot be reached on {constants.ENDPOINT} ({error.__cause__ or error})"
+                problem = _unreachable(error.__cause__)
         except EntryNotFoundError as error:
             problem = f"lacks a file that its listing names ({error})"
         except HFValidationError as error:
@@ -93,7 +95,23 @@ class HubSource(Source):
         except HfHubHTTPError as error:
             problem = f"cannot be read from {constants.ENDPOINT} ({error})"
         except requests.exceptions.RequestException as error:
-            problem = f"cannot be downloaded from {constants.ENDPOINT} ({error}). Run again to resume"
+            problem = _unreachable(error)
         except OSError as error:
             problem = f"was not downloaded completely ({error}). Run again to resume"
         raise UserError(f"the {self.role} {self.repo} {problem}.")
+
+
+def _unreachable(error: BaseException | None) -> str:
+    """In plain words: what requests says are the names of its own classes and the addresses of objects."""
+    reasons = (  # the special before the general
+        (requests.exceptions.ProxyError, "the proxy does not let it through"),
+        (requests.exceptions.SSLError, "its certificate is not accepted"),
+        (requests.exceptions.Timeout, "it does not answer in time"),
+        (requests.exceptions.ChunkedEncodingError, "the connection broke off"),
+        (requests.exceptions.ConnectionError, "this machine is offline, or there is no such server, or it hung up"),
+    )
+    why = next((reason for kind, reason in reasons if isinstance(error, kind)), "it cannot be reached")
+    return (
+        f"is no local directory, and cannot be downloaded from {constants.ENDPOINT}: {why}. Run again to "
+        "resume, or name a directory instead"
+    )

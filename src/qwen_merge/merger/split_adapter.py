@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_merge.errors import UserError
+from qwen_merge.merger.merge import MANIFEST
 from qwen_merge.merger.plan import SHOWN
 from qwen_merge.merger.safetensors_file import StoredTensor, read_header
 from qwen_merge.merger.sources import Source
@@ -72,7 +73,8 @@ def split_adapter(adapter: Path, base: Path, output: Path) -> Split:
             else:
                 shutil.copyfile(base / shard, target)
         for path in base.iterdir():
-            if path.is_file() and path.suffix != ".safetensors":
+            # The manifest is about weights that these no longer are.
+            if path.is_file() and path.suffix != ".safetensors" and path.name != MANIFEST:
                 shutil.copyfile(path, folder / "base" / path.name)
         (folder / "adapter").mkdir()
         save_file(lora, folder / "adapter" / WEIGHTS, metadata={"format": "pt"})

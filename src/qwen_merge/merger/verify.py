@@ -32,6 +32,10 @@ from qwen_merge.merger.sources import Source, open_source
 GRAFT = "qwen_merge_graft"
 SHOWN = 5  # differences of one kind that are spelled out
 PASS, FAIL, NOT_CHECKED = "PASS", "FAIL", "NOT CHECKED"
+SCOPE = (
+    "it is for what qwen-merge merge and graft wrote, before training: a checkpoint that was trained, exported or "
+    "split since has other weights than its sources, and no manifest"
+)
 # What is read of a manifest; a part stands behind the part that it is in.
 MANIFEST_TYPES: dict[str, type | UnionType] = {
     "sources": dict,
@@ -76,10 +80,26 @@ class Results:
         return sum(seen == verdict for seen, _, _ in self.lines)
 
     def conclude(self, directory: Path) -> int:
-        """Print how many there were of each kind; returns the exit code."""
+        """Print how many there were of each kind, and what is compared, where little was as it says; returns the code.
+
+        Raises:
+            UserError: nothing at all could be checked.
+        """
         failed, skipped = self.count(FAIL), self.count(NOT_CHECKED)
+        if skipped == len(self.lines):
+            raise nothing_checked(directory, "; ".join(dict.fromkeys(why for _, _, why in self.lines)))
+        if failed or skipped > self.count(PASS):
+            print(f"{'NOTE':<12} {'verify':<16} {SCOPE}")
         print(f"{directory}: {self.count(PASS)} passed, {failed} failed, {skipped} not checked")
         return 1 if failed else 0
+
+
+def nothing_checked(directory: Path, why: str) -> UserError:
+    """For a checkpoint that there is nothing to compare with."""
+    return UserError(
+        f"nothing of {directory} could be checked: {why}.\nverify compares a checkpoint with its two sources; {SCOPE}. "
+        "Verify the base that it was trained from, or name its sources with --vlm-path and --llm-path."
+    )
 
 
 def verify(
@@ -95,7 +115,8 @@ def verify(
     Returns the exit code: 0 when nothing failed, 1 when something did.
 
     Raises:
-        UserError: `directory` is no merged checkpoint at all, or a source that was named cannot be read.
+        UserError: `directory` is no merged checkpoint at all, a source that was named cannot be read, or there is
+            nothing to compare with.
     """
     merged = Source(directory, "merged")
     config = merged.read_json("config.json")

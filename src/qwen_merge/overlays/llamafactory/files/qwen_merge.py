@@ -204,6 +204,13 @@ def prepare_training(
         )
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    by_fsdp = getattr(args, "fsdp", None) or os.getenv("ACCELERATE_USE_FSDP") == "true"  # the latter: accelerate launch
+    if by_fsdp and any(getattr(module, "gathers_as_one", False) for module in base.modules()):
+        stop(
+            "FSDP gathers weights call by call, and this graft's tower is called once for each size of pictures: ranks "
+            "whose pictures have unlike sizes would wait for each other for ever. Leave fsdp out and take DeepSpeed "
+            "(deepspeed: examples/deepspeed/ds_z2_config.json, or ds_z3_config.json)."
+        )
     attention = base.model.language_model.config._attn_implementation
     if getattr(train_dataset, "is_packed", False) and attention not in ("sdpa", "flash_attention_2"):
         stop(
