@@ -3,6 +3,7 @@
 .venv/bin/python -m pytest tests/unit/test_data_import.py
 """
 
+import difflib
 import io
 import json
 import os
@@ -23,6 +24,8 @@ from qwen_merge.data.manifest import Manifest, manifest_path
 from qwen_merge.data.own_import import drawn
 from qwen_merge.data.own_rows import expanded
 from qwen_merge.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -86,6 +89,24 @@ def test_the_registry_may_be_json(folder):
     entry = {"mine": {"annotation_path": str(folder / "mine.json"), "data_path": str(folder / "pictures")}}
     (folder / "sets.json").write_text(json.dumps(entry))
     assert run(folder, "mine", "--sets", folder / "sets.json") == 0
+
+
+def test_the_tracked_list_of_sets_grows_by_the_new_entries_alone(folder):
+    """Its other lines stay, so that `git diff` shows a user what is theirs."""
+    info = folder / "data/dataset_info.json"
+    info.parent.mkdir()
+    before = (REPOSITORY / "data/dataset_info.json").read_text()
+    info.write_text(before)
+    write_sets(folder, {"mine": SOUND, "größe": SOUND})
+    assert run(folder, "mine%50", "größe") == 0
+    changes = [line[0] for line in difflib.ndiff(before.splitlines(), info.read_text().splitlines())]
+    assert Counter(changes) == {" ": len(before.splitlines()), "+": 2 * 6}
+    content = json.loads(info.read_text())
+    assert list(content)[-2:] == ["mine%50", "größe"]
+    own = json.loads(before)
+    assert {name: content[name] for name in own} == own
+    assert content["mine%50"] == next(iter(own.values())) | {"file_name": "mine%50"}
+    assert '"größe": {' in info.read_text()
 
 
 # Shares
