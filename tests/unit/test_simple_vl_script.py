@@ -1,6 +1,6 @@
-"""examples/simple_vl/evaluate.py does not call an evaluation done that was none. Second stack: EvalScope itself runs.
+"""scripts/simple_vl.sh and its evaluation: no other graft's outputs, and no success where nothing was evaluated.
 
-    ./scripts/test.sh --stack current tests/unit/test_simple_vl_evaluate.py
+    ./scripts/test.sh --stack current tests/unit/test_simple_vl_script.py
 
 The server says "A" to everything, or fails on command (tests/endpoint.py).
 """
@@ -39,11 +39,10 @@ def letter_a() -> Endpoint:
 
 
 @pytest.fixture
-def tables(tmp_path) -> Path:
-    """Two questions about a pixel."""
+def table(tmp_path) -> Path:
+    """One question about a pixel."""
     (tmp_path / "lmu").mkdir()
-    rows = [f"{number}\tWhich?\tx\ty\tA\tz\t{PIXEL}" for number in (1, 2)]
-    lines = ["index\tquestion\tA\tB\tanswer\tcategory\timage", *rows]
+    lines = ["index\tquestion\tA\tB\tanswer\tcategory\timage", f"1\tWhich?\tx\ty\tA\tz\t{PIXEL}"]
     (tmp_path / "lmu/Letters.tsv").write_text("\n".join(lines) + "\n")
     return tmp_path
 
@@ -66,20 +65,46 @@ def test_a_server_that_never_comes_and_one_without_the_model(tmp_path, letter_a)
 
 
 @pytest.mark.slow
-def test_a_data_set_without_a_result_is_named_and_is_no_success(tables, letter_a):
+def test_a_data_set_without_a_result_is_named_and_is_no_success(table, letter_a):
     threading.Timer(4, letter_a.start).start()  # as after `deploy &`
-    common = ("--data", "Letters", "--nproc", "2")
+    common = ("--nproc", "2", "--data", "Letters")
     try:
-        sound = evaluate(tables, letter_a, *common)
+        sound = evaluate(table, letter_a, *common)
         assert sound.returncode == 0, sound.stderr[-3000:]
         assert "waiting up to 600 s" in sound.stderr
-        lost = evaluate(tables, letter_a, "--data", "Letters", "NoSuchSet", "--nproc", "2")
-        assert lost.returncode == 1
-        assert "NoSuchSet: nothing was answered" in lost.stderr
-        assert "Letters: " not in lost.stderr.rpartition("not everything was evaluated")[2]
         letter_a.always = "400"
-        failed = evaluate(tables, letter_a, *common)
+        failed = evaluate(table, letter_a, *common, "NoSuchSet")
         assert failed.returncode == 1
-        assert "Letters: 2 of 2 questions got no answer" in failed.stderr
+        problems = failed.stderr.rpartition("not everything was evaluated")[2]
+        assert "Letters: 1 of 1 questions got no answer" in problems
+        assert "NoSuchSet: nothing was answered" in problems
     finally:
         letter_a.stop()
+
+
+def test_each_graft_has_outputs_of_its_own(tmp_path):
+    """One graft's stage 2 does not begin with another's stage 1."""
+
+    def stage2(graft: str) -> str:
+        done = subprocess.run(
+            ["bash", REPOSITORY / "scripts/simple_vl.sh", "stage2"],
+            env={
+                **{name: value for name, value in os.environ.items() if name not in ("OUTPUT", "MODEL", "DATASET")},
+                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+                "GRAFT": str(REPOSITORY / "examples/simple_vl" / graft),
+            },
+            cwd=tmp_path,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        assert done.returncode == 2
+        return done.stderr
+
+    checkpoint = tmp_path / "outputs/simple_vl/stage1/checkpoint-9"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "config.json").write_text("{}")
+    assert "DATASET is not set" in stage2("graft.yaml")  # it has found where to begin
+    assert "there is no checkpoint in outputs/simple_vl_stock" in stage2("graft_stock.yaml")
