@@ -41,6 +41,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--judge", default="exact_matching", help="default: %(default)s")
     parser.add_argument("--mode", choices=["all", "infer"], default="all", help="infer: answers without a score")
     parser.add_argument("--reuse", action="store_true", help="go on with the answers of an earlier run")
+    parser.add_argument("--retry", type=int, default=10, help="times that a question is asked (default: %(default)s)")
     parser.add_argument(
         "--wait", type=float, default=600, metavar="SECONDS", help="for the server to come (default: %(default)s)"
     )
@@ -143,6 +144,7 @@ def main() -> None:
         "nproc": given.nproc,
         "judge": given.judge,
         "limit": given.limit,
+        "retry": given.retry,
         "reuse": given.reuse,
     }
     errors, since = Errors(), time.time()

@@ -67,7 +67,7 @@ def test_a_server_that_never_comes_and_one_without_the_model(tmp_path, letter_a)
 @pytest.mark.slow
 def test_a_data_set_without_a_result_is_named_and_is_no_success(table, letter_a):
     threading.Timer(4, letter_a.start).start()  # as after `deploy &`
-    common = ("--nproc", "2", "--data", "Letters")
+    common = ("--retry", "2", "--data", "Letters")
     try:
         sound = evaluate(table, letter_a, *common)
         assert sound.returncode == 0, sound.stderr[-3000:]
