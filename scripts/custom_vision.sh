@@ -18,14 +18,16 @@
 #   DATASET             sets with or without a share, commas between them (default: what the recipe says)
 #   SETS                the file that names them (default examples/custom_vision/sets.yaml, to be filled in)
 #   GRAFT=FILE          another graft; its output is what one_stage and stage1 start from
+#                       Both as seen from where you are. All that is written goes below the repository.
 #   REPORT_TO, NPROC_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT: as in scripts/train.sh
 set -euo pipefail
 unset CDPATH
+here=$PWD
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 
 die() { printf 'custom_vision: %s\n' "$*" >&2; exit 2; }
 
-case ${1:-} in -h | --help | "") sed -n '2,23s/^# \{0,1\}//p' "$0"; [ $# -gt 0 ]; exit ;; esac
+case ${1:-} in -h | --help | "") sed -n '2,24s/^# \{0,1\}//p' "$0"; [ $# -gt 0 ]; exit ;; esac
 step=$1 trained=
 shift
 case $step in
@@ -43,45 +45,61 @@ case ${1:-} in 4b | 8b | 4B | 8B) size=${1,,}; shift ;; esac
 
 [ -x .venv/bin/qwen-merge ] || die "there is no .venv; run scripts/env.sh first."
 export PATH="$PWD/.venv/bin:$PATH" PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
-graft=${GRAFT:-examples/custom_vision/graft_$size.yaml}
+
+# given FILE DEFAULT: a file that was named is where the caller stands, the default one in the repository.
+given() { case $1 in "") printf '%s\n' "$2" ;; /*) printf '%s\n' "$1" ;; *) printf '%s\n' "$here/$1" ;; esac; }
+
+graft=$(given "${GRAFT:-}" "examples/custom_vision/graft_$size.yaml")
 [ -f "$graft" ] || die "GRAFT=$graft is not a file."
 
 # value KEY STEP: of a recipe, for this size.
 value() { sed -n "s/^$1: *//p" "examples/custom_vision/$2.yaml" | sed "s/4b/$size/; s/4B/${size^^}/"; }
 
-# base: where the graft is made.
-base() {
-  python -c 'import os, sys, yaml; print(os.path.expanduser(yaml.safe_load(open(sys.argv[1]))["output"]))' "$graft"
-}
+# base: where the graft is made. A file that says none ends the script where base is on a line of its own.
+base() { qwen-merge graft --where "$graft"; }
 
 model() { case $1 in one_stage | stage1) base ;; *) value model_name_or_path "$1" ;; esac; }
 
-# recipe_values: what the recipe says otherwise for this size, this graft and these sets.
+# recipe_values: sets `values`, what the recipe says otherwise for this size, this graft and these sets.
 recipe_values() {
-  local key
-  printf '%s\n' "model_name_or_path=$(model "$step")"
-  for key in output_dir run_name; do printf '%s\n' "$key=$(value $key "$step")"; done
-  if [ -n "${DATASET:-}" ]; then printf '%s\n' "dataset=$DATASET"; fi
+  local key from
+  from=$(model "$step")
+  values=("model_name_or_path=$from")
+  for key in output_dir run_name; do values+=("$key=$(value "$key" "$step")"); done
+  [ -z "${DATASET:-}" ] || values+=("dataset=$DATASET")
 }
 
 recipe=examples/custom_vision/$step.yaml
 case $step in
   data)
-    sets=${SETS:-examples/custom_vision/sets.yaml}
+    sets=$(given "${SETS:-}" examples/custom_vision/sets.yaml)
     [ -n "${DATASET:-}" ] || die "DATASET is not set: names out of $sets, such as my_dataset%50."
     exec qwen-merge data import "$DATASET" --sets "$sets" "$@" ;;
   graft) exec qwen-merge graft "$graft" "$@" ;;
   export)
+    from=$(model "$trained")
+    adapter=$(value output_dir "$trained")
+    case " $* " in
+      *" --adapter_name_or_path"[" ="]*) ;;
+      *) [ -f "$adapter/adapter_config.json" ] || die "export of $trained merges what $trained trained, and there is no" \
+           "adapter in $adapter. Run scripts/custom_vision.sh $trained $size first, to its end, or name a checkpoint:" \
+           "--adapter_name_or_path $adapter/checkpoint-N" ;;
+    esac
+    case " $* " in
+      *" --model_name_or_path"[" ="]*) ;;
+      *) [ -f "$from/config.json" ] || die "export of $trained merges into '$from', which holds no model." \
+           "It is what $trained was trained from; name it with --model_name_or_path DIR if it has moved." ;;
+    esac
     exec llamafactory-cli export --finetuning_type lora --trust_remote_code true --template qwen_merge_vl \
-      --model_name_or_path "$(model "$trained")" --adapter_name_or_path "$(value output_dir "$trained")" \
-      --export_dir "$(value output_dir "$trained")-merged" --infer_dtype bfloat16 "$@" ;;
+      --model_name_or_path "$from" --adapter_name_or_path "$adapter" \
+      --export_dir "$adapter-merged" --infer_dtype bfloat16 "$@" ;;
   baseline)
     [ -x .venv-current/bin/llamafactory-cli ] || die "there is no .venv-current: scripts/env.sh --stack current"
     export PATH="$PWD/.venv-current/bin:$PATH"
-    mapfile -t values < <(recipe_values)
+    recipe_values
     [ -z "${REPORT_TO:-}" ] || values+=("report_to=$REPORT_TO")
     exec llamafactory-cli train "$recipe" "${values[@]}" "$@" ;;
   *)
-    mapfile -t values < <(recipe_values)
+    recipe_values
     exec scripts/train.sh "$recipe" "${values[@]}" "$@" ;;
 esac

@@ -16,7 +16,8 @@
 #   DATASET             rows with `messages` and `images` (JSONL), or any name that ms-swift knows; several with spaces
 #   GRAFT=FILE          another graft (examples/simple_vl/graft_stock.yaml: the stock architecture)
 #   MODEL=DIR           what the step starts from (default: the graft, or the last checkpoint that is there)
-#   OUTPUT=DIR          where stage1/, stage2/ and evaluation/ go (default outputs/simple_vl)
+#   OUTPUT=DIR          where stage1/, stage2/ and evaluation/ go (default outputs/simple_vl; with another GRAFT a folder
+#                       of its name, outputs/simple_vl_stock for graft_stock.yaml: name the graft in each of its steps)
 #   NPROC_PER_NODE      processes a node (default: one for each GPU); NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT
 #   MAX_PIXELS          of a picture (default 1003520)
 #   INFER_BACKEND=pt    or vllm: what answers in infer (default pt) and deploy (default vllm; without a GPU pt)
@@ -29,7 +30,7 @@ root=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
 
 die() { printf 'simple_vl: %s\n' "$*" >&2; exit 2; }
 
-case ${1:-} in -h | --help | "") sed -n '2,28s/^# \{0,1\}//p' "$0"; [ $# -gt 0 ]; exit ;; esac
+case ${1:-} in -h | --help | "") sed -n '2,29s/^# \{0,1\}//p' "$0"; [ $# -gt 0 ]; exit ;; esac
 step=$1
 shift
 case $step in
@@ -42,7 +43,11 @@ export PYTHONPATH="$root/src${PYTHONPATH:+:$PYTHONPATH}"
 command -v swift >/dev/null || die "swift (ms-swift) is not installed here; run scripts/env.sh --stack current first."
 
 graft=${GRAFT:-$root/examples/simple_vl/graft.yaml}
-output=${OUTPUT:-outputs/simple_vl}
+# One graft's stage 2 may not begin with another's stage 1.
+name=$(basename "$graft")
+name=${name%.*}
+case $name in graft) name= ;; graft_*) name=_${name#graft_} ;; *) name=_$name ;; esac
+output=${OUTPUT:-outputs/simple_vl$name}
 [ -f "$graft" ] || die "GRAFT=$graft is not a file."
 
 gpus=0
@@ -51,7 +56,8 @@ if command -v nvidia-smi >/dev/null; then gpus=$(nvidia-smi -L 2>/dev/null | gre
 # last DIR: its checkpoint with the highest number.
 last() { find "$1" -maxdepth 1 -name 'checkpoint-*' -type d 2>/dev/null | sort -V | tail -n 1; }
 
-base() { python -c 'import os, sys, yaml; print(os.path.expanduser(yaml.safe_load(open(sys.argv[1]))["output"]))' "$graft"; }
+# base: where the graft is made. A file that says none ends the script where base is on a line of its own.
+base() { qwen-merge graft --where "$graft"; }
 
 # model CANDIDATE ...: MODEL, or the first candidate that is there.
 model() {
@@ -97,7 +103,11 @@ result=$step-$(date +%Y%m%d-%H%M%S).jsonl   # what was asked and answered
 export MAX_PIXELS=${MAX_PIXELS:-1003520}
 case $step in
   graft) exec qwen-merge graft "$graft" "$@" ;;
-  stage1) from=$(model "$(base)"); train stage1 "$from" true true "$@" ;;
+  stage1)
+    start=$(base)
+    from=$(model "$start")
+    train stage1 "$from" true true "$@"
+    ;;
   stage2) from=$(model "$(last "$output/stage1")"); train stage2 "$from" false false "$@" ;;
   infer)
     from=$(model "$(last "$output/stage2")" "$(last "$output/stage1")")

@@ -16,6 +16,7 @@ MS_SWIFT = "ms-swift and EvalScope are in the second stack's lock"
 NEEDS_SECOND_STACK = {
     "integration/test_custom_vision_baseline.py": "Qwen3-VL itself needs transformers 4.57",
     "integration/test_simple_vl.py": MS_SWIFT,
+    "unit/test_simple_vl_script.py": MS_SWIFT,
     "unit/test_swift.py": MS_SWIFT,
 }
 LLAMAFACTORY = "LLaMA-Factory learns the architecture by an overlay, which is for 0.9.3"

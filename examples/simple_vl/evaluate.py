@@ -6,11 +6,23 @@
 
 Answers are matched exactly unless --judge names a judge (OPENAI_API_KEY, OPENAI_API_BASE). A table of your own is
 `$LMUData/NAME.tsv` (index, question, A to D, answer, category, image in base64), and --data NAME. VLMEvalKit keeps its
-data sets in $LMUData, by default ~/LMUData. Results: WORK_DIR/vlmeval*/MODEL/.
+data sets in $LMUData, by default ~/LMUData. Results: WORK_DIR/*/MODEL/.
+
+The server may still be loading: it is waited for. Leaves with 0 when each data set was answered (and scored, where
+VLMEvalKit scores it), with 1 when one was not, and with 2 when no server with that model answers.
 """
 
 import argparse
+import json
+import logging
 import os
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+FAILED = "Failed to obtain answer"  # VLMEvalKit's answer to a question that the server did not answer
 
 
 def arguments() -> argparse.Namespace:
@@ -29,11 +41,89 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--judge", default="exact_matching", help="default: %(default)s")
     parser.add_argument("--mode", choices=["all", "infer"], default="all", help="infer: answers without a score")
     parser.add_argument("--reuse", action="store_true", help="go on with the answers of an earlier run")
+    parser.add_argument("--retry", type=int, default=10, help="times that a question is asked (default: %(default)s)")
+    parser.add_argument(
+        "--wait", type=float, default=600, metavar="SECONDS", help="for the server to come (default: %(default)s)"
+    )
     return parser.parse_args()
+
+
+def die(code: int, text: str) -> None:
+    print(f"evaluate: {text}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def wait_for(url: str, model: str, key: str, seconds: float) -> None:
+    """Until the server lists its models, the wanted one among them. Leaves with 2 if it does not."""
+    address = url.rstrip("/").removesuffix("/chat/completions") + "/models"
+    request = urllib.request.Request(address, headers={"Authorization": f"Bearer {key}"})
+    end, told = time.monotonic() + seconds, False
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=30) as response:
+                names = [entry["id"] for entry in json.load(response)["data"]]
+            break
+        except urllib.error.HTTPError as error:
+            if error.code in (401, 403):
+                die(2, f"{address} refuses the key (HTTP {error.code}). Give the server's with --key.")
+            if error.code < 500:  # there is a server, and it lists nothing
+                return
+            seen = f"HTTP {error.code}"
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            seen = f"{type(error).__name__}: {error}"
+        if time.monotonic() >= end:
+            die(
+                2,
+                f"no server answered at {address} in {seconds:.0f} s ({seen}). Start one (scripts/simple_vl.sh deploy) "
+                "and look at what it prints, name it with --url, or wait longer with --wait SECONDS.",
+            )
+        if not told:
+            print(f"evaluate: waiting up to {seconds:.0f} s for {address} ({seen})", file=sys.stderr, flush=True)
+            told = True
+        time.sleep(min(2, seconds / 10))
+    if model not in names:
+        die(2, f"the server at {address} has no model {model!r}, but {', '.join(names)}. Name one with --model.")
+
+
+class Errors(logging.Handler):
+    """What VLMEvalKit logs as an error and then passes over."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+def problem(data: str, model: str, folder: Path, since: float, errors: list[str]) -> str | None:
+    """Why a data set was not evaluated, or None. since: results that were there before (time.time()) do not count."""
+    name = f"{os.path.basename(model).replace(':', '-').replace('.', '_')}_{data}"  # as EvalScope spells it
+    answers = [
+        path
+        for path in folder.rglob(f"{name}.*")
+        if path.suffix in (".xlsx", ".tsv") and path.stat().st_mtime >= since - 2
+    ]
+    said = [text for text in errors if f"Dataset {data} " in text]
+    if not answers:
+        return f"{data}: nothing was answered. {said[-1] if said else 'VLMEvalKit says above why.'}"
+    if said:
+        return f"{data}: answered ({answers[-1]}), but not scored. {said[-1]}"
+    import pandas
+
+    table = pandas.read_excel(answers[-1]) if answers[-1].suffix == ".xlsx" else pandas.read_csv(answers[-1], sep="\t")
+    failed = int(table["prediction"].astype(str).str.contains(FAILED).sum()) if "prediction" in table else 0
+    if not failed:
+        return None
+    return (
+        f"{data}: {failed} of {len(table)} questions got no answer from the server and count as wrong "
+        f"({answers[-1]}). Look at what the server printed."
+    )
 
 
 def main() -> None:
     given = arguments()
+    wait_for(given.url, given.model, given.key, given.wait)
     os.environ.setdefault("LMUData", os.path.expanduser("~/LMUData"))  # read when VLMEvalKit is imported
     from evalscope import TaskConfig, run_task
 
@@ -54,9 +144,17 @@ def main() -> None:
         "nproc": given.nproc,
         "judge": given.judge,
         "limit": given.limit,
+        "retry": given.retry,
         "reuse": given.reuse,
     }
+    errors, since = Errors(), time.time()
+    logging.getLogger("VLMEvalKit").addHandler(errors)
     run_task(TaskConfig(work_dir=given.work_dir, eval_backend="VLMEvalKit", eval_config=settings))
+    found = [problem(data, given.model, Path(given.work_dir), since, errors.texts) for data in given.data]
+    if problems := [text for text in found if text]:
+        if any("nothing was answered" in text for text in problems):
+            problems.append("A data set is a name of VLMEvalKit's, or a table, $LMUData/NAME.tsv.")
+        die(1, "not everything was evaluated:\n  " + "\n  ".join(problems))
 
 
 if __name__ == "__main__":

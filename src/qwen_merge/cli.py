@@ -14,9 +14,9 @@ from qwen_merge import __version__
 from qwen_merge.errors import UserError
 
 # In the order of use. Each module has `add_parsers(subparsers)`; each parser sets `run`, a function of the arguments.
+# The merger's puts graft.command's behind `merge`.
 COMMAND_MODULES = (
     "qwen_merge.merger.command",
-    "qwen_merge.graft.command",
     "qwen_merge.overlays.command",
     "qwen_merge.data.command",
     "qwen_merge.chat.command",
@@ -29,7 +29,8 @@ COMMAND_MODULES = (
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qwen-merge",
-        description="Graft the vision encoder of Qwen2.5-VL onto Qwen3 and train the result.",
+        description="Join a vision encoder, a projector and an LLM - Qwen2.5-VL's and Qwen3, or others - and train, "
+        "check and ask the result.",
     )
     parser.add_argument("--version", action="version", version=f"qwen-merge {__version__}")
     subparsers = parser.add_subparsers(dest="step", metavar="STEP", required=True)

@@ -67,11 +67,11 @@ def checkout(tmp_path_factory, sources) -> Path:
 
 
 def step(checkout: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
-    known = {"DATASET": DATASET, "SETS": "mine/sets.yaml", "GRAFT": "graft.yaml", "REPORT_TO": "none"}
+    known = {"DATASET": DATASET, "SETS": "sets.yaml", "GRAFT": "../graft.yaml", "REPORT_TO": "none"}
     return subprocess.run(
         [checkout / "scripts/custom_vision.sh", *arguments],
         env=environment(checkout, **{**known, "NPROC_PER_NODE": "1", **variables}),
-        cwd="/",
+        cwd=checkout / "mine",
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -171,7 +171,7 @@ def test_a_step_that_lacks_the_one_before_says_so(checkout, base):
         assert wrong.returncode == 2
         assert message in wrong.stderr
     assert "DATASET is not set" in step(checkout, "data", DATASET="").stderr
-    assert "GRAFT=none.yaml is not a file" in step(checkout, "graft", GRAFT="none.yaml").stderr
+    assert "mine/none.yaml is not a file" in step(checkout, "graft", GRAFT="none.yaml").stderr
 
 
 # What each recipe trains

@@ -61,6 +61,17 @@ def test_what_cannot_work_is_said(arguments, said, capsys):
     assert said in capsys.readouterr().err
 
 
+def test_an_adapter_is_told_from_a_checkpoint(tmp_path, capsys):
+    assert main(["chat", str(tmp_path), "-q", "What?"]) == 2
+    assert "is an adapter" not in capsys.readouterr().err
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert main(["chat", str(tmp_path), "-q", "What?"]) == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path} is an adapter" in said
+    assert "llamafactory-cli export" in said
+    assert "qwen-merge split-adapter" in said
+
+
 # --- videos ---
 
 

@@ -3,6 +3,7 @@
 .venv/bin/python -m pytest tests/unit/test_data_import.py
 """
 
+import difflib
 import io
 import json
 import os
@@ -21,8 +22,10 @@ from qwen_merge.data import json_rows
 from qwen_merge.data.frames import FrameOptions, chosen
 from qwen_merge.data.manifest import Manifest, manifest_path
 from qwen_merge.data.own_import import drawn
-from qwen_merge.data.own_rows import expanded
+from qwen_merge.data.own_rows import NO_IMPORT, expanded
 from qwen_merge.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -88,10 +91,28 @@ def test_the_registry_may_be_json(folder):
     assert run(folder, "mine", "--sets", folder / "sets.json") == 0
 
 
+def test_the_tracked_list_of_sets_grows_by_the_new_entries_alone(folder):
+    """Its other lines stay, so that `git diff` shows a user what is theirs."""
+    info = folder / "data/dataset_info.json"
+    info.parent.mkdir()
+    before = (REPOSITORY / "data/dataset_info.json").read_text()
+    info.write_text(before)
+    write_sets(folder, {"mine": SOUND, "größe": SOUND})
+    assert run(folder, "mine%50", "größe") == 0
+    changes = [line[0] for line in difflib.ndiff(before.splitlines(), info.read_text().splitlines())]
+    assert Counter(changes) == {" ": len(before.splitlines()), "+": 2 * 6}
+    content = json.loads(info.read_text())
+    assert list(content)[-2:] == ["mine%50", "größe"]
+    own = json.loads(before)
+    assert {name: content[name] for name in own} == own
+    assert content["mine%50"] == next(iter(own.values())) | {"file_name": "mine%50"}
+    assert '"größe": {' in info.read_text()
+
+
 # Shares
 
 
-@pytest.mark.parametrize(("share", "wanted"), [("50", 100), ("12.5", 25), ("100", 200), ("0.4", 0), ("33", 66)])
+@pytest.mark.parametrize(("share", "wanted"), [("50", 100), ("12.5", 25), ("100", 200), ("0.5", 1), ("33", 66)])
 def test_a_share_is_exact_and_the_same_for_a_seed(folder, share, wanted):
     write_sets(folder, {"mine": [row(number, "Which?") for number in range(200)]})
     name = f"mine%{share}"
@@ -160,6 +181,11 @@ WRONG = [
     ({"conversations": turns("Hm?", " ")}, "an empty turn", "Hm?"),
     ({"conversations": [{"role": "user", "content": "Hm?"}]}, "a turn is not text", "user"),
     ({"image": "a.png"}, "no conversation", "None"),
+    (
+        {"messages": [{"role": "user", "content": "Hm?"}], "images": ["a.png"]},
+        NO_IMPORT,
+        "Hm?",
+    ),
     ({"image": 3, "conversations": turns("Hm?", "No.")}, "'image' is neither a path nor a list of paths", "3"),
     ({"conversations": turns("<audio>Hm?", "No.")}, "video or audio tag", "<audio>"),
     (["a row"], "a row is no JSON object", "a row"),
@@ -265,6 +291,28 @@ def test_several_wrong_names_are_told_together(folder, capsys):
     assert "its is not in" in said
     assert "'mine%0'" in said
     assert "ours is not in" in said
+
+
+@pytest.mark.parametrize(
+    ("rows", "arguments", "message"),
+    [
+        ([], ["mine"], "mine.json has no row"),
+        (SOUND, ["mine%20"], "mine%20: 20 percent of 4 rows are less than one row. Take more, at least 25"),
+        ([row(0, "<image>")], ["mine", "--drop"], "mine: none of its 1 rows can be used (1: <image> tags and files"),
+        ([row(0, "<image>", image="torn.png")], ["mine", "--drop"], "mine: none of the 1 rows can be used (1: picture"),
+    ],
+)
+def test_a_set_without_rows_is_an_error(folder, capsys, rows, arguments, message):
+    """LLaMA-Factory loads no set without rows, and what ends well has written one."""
+    (folder / "pictures/torn.png").write_bytes(b"torn")
+    write_sets(folder, {"mine": rows})
+    assert run(folder, *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not list(folder.glob("data/**/*.parquet"))
+    assert not (folder / "data/dataset_info.json").exists()
+    write_sets(folder, {"mine": SOUND})  # the control, and nothing stands in its way
+    assert run(folder, "mine%25", "--drop") == 0
+    assert len(rows_of(folder, "mine%25")) == 1
 
 
 # Videos

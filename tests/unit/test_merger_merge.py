@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 from safetensors import safe_open
 
 from checkpoints import TOKEN_IDS, make_llm, make_vlm, write_json
+from qwen_merge import cli
 from qwen_merge.architecture import CODE_FILES
 from qwen_merge.errors import UserError
 from qwen_merge.merger.companions import MATERIALS
@@ -250,7 +252,16 @@ def test_the_reproduction_s_own_command_line(sources, tmp_path):
 
 def test_a_bar_on_a_terminal_and_plain_lines_otherwise(sources, tmp_path, capsys, monkeypatch):
     run(sources, tmp_path / "plain")
-    assert capsys.readouterr().err == "merging: 100% of 0.00 GB after 0 s\n"
+    size = sum(path.stat().st_size for path in (tmp_path / "plain").glob("*.safetensors")) / 1e6
+    found = re.fullmatch(r"writing weights: 100% of (\d\.\d\d) MB after 0 s\n", capsys.readouterr().err)
+    assert float(found[1]) == pytest.approx(size, abs=0.03)  # the files have headers, too
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     run(sources, tmp_path / "bar")
-    assert "\rmerging: 100%|" in capsys.readouterr().err
+    assert "\rwriting weights: 100%|" in capsys.readouterr().err
+
+
+def test_help_lists_what_makes_a_checkpoint_before_what_is_done_with_one(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    steps = re.findall(r"^    ([a-z-]+)", capsys.readouterr().out, re.MULTILINE)
+    assert steps[:5] == ["merge", "graft", "verify", "split-adapter", "overlay"]

@@ -89,6 +89,14 @@ class InProcess:
 
     def __init__(self, folder: Path, settings: Settings):
         config = folder / "config.json"
+        if not config.is_file() and (folder / "adapter_config.json").is_file():
+            raise UserError(
+                f"{folder} is an adapter (adapter_config.json), not a checkpoint: it changes a base elsewhere.\n"
+                "Merge it into its base: llamafactory-cli export --finetuning_type lora --trust_remote_code true "
+                f"--template qwen_merge_vl --model_name_or_path BASE --adapter_name_or_path {folder} "
+                "--export_dir MERGED, and give MERGED.\n"
+                f"Or for a server: qwen-merge split-adapter {folder} --base BASE --output DIR; then --endpoint."
+            )
         if not config.is_file():
             raise UserError(f"{folder} is not a checkpoint: it has no config.json.\nGive the output folder of a stage.")
         content = json.loads(config.read_text(encoding="utf-8"))

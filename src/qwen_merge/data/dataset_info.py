@@ -3,7 +3,8 @@
     qwen-merge data convert geo3k --output elsewhere       adds geo3k to elsewhere/dataset_info.json
 
 The repository's `data/dataset_info.json` names every set already. In any other folder a set is added when it is
-complete; what else the file holds stays as it is, an entry of that name too, for it may have been changed on purpose.
+complete; what else the file holds stays as it is, line for line, an entry of that name too, for it may have been
+changed on purpose. The file is tracked: a set of one's own shows as the lines of its entry.
 """
 
 import fcntl
@@ -65,8 +66,19 @@ def enlist(output: Path, name: str, file_name: str) -> None:
     with told(path), _alone(output):
         known = read(output)
         if name not in known:
-            text = json.dumps({**known, name: entry_of(file_name)}, ensure_ascii=False, indent=2) + "\n"
+            text = with_entry(path.read_bytes().decode() if known else "{}", name, entry_of(file_name))
             write_whole(path, lambda file: file.write(text.encode()))
+
+
+def with_entry(text: str, name: str, entry: dict) -> str:
+    """The text of a JSON object with one entry more at its end, a line for each of the entry's keys."""
+    before = text.rstrip().removesuffix("}").rstrip()
+    lines = ",\n".join(f"    {_json(key)}: {_json(value)}" for key, value in entry.items())
+    return f"{before}{'' if before == '{' else ','}\n  {_json(name)}: {{\n{lines}\n  }}\n}}\n"
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 @contextmanager

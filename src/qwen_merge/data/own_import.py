@@ -8,6 +8,7 @@ A share is exact: of N sound rows the whole part of N times the share, each row 
 ones for a seed. With `--drop` rows that are wrong are left out and counted in the manifest instead.
 """
 
+import math
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -73,14 +74,18 @@ def run(arguments: Any) -> int:
     for entry in entries:
         try:
             found.append(look(entry))
-            problems += [] if options.drop else _told(entry, found[-1])
+            wrong = [] if options.drop else _told(entry, found[-1])
+            problems += wrong or _empty(entry, found[-1])
         except UserError as error:
             problems.append(f"{entry.name}: {error}")
     if problems:
         raise UserError.from_list("nothing was begun:", problems)
     for (entry, recorded), counts in zip(todo, found, strict=True):
         unusable = write(entry, recorded, counts, arguments.output, options, arguments.overwrite)
+        drawn_rows = entry.rows_of(counts.rows_out)
         problems += [] if options.drop else _told(entry, unusable)
+        if options.drop and _dropped(unusable) == drawn_rows:
+            problems.append(f"{entry.name}: none of the {drawn_rows:,} rows can be used ({_reasons(unusable)})")
     if problems:
         raise UserError.from_list("these sets were not written:", problems)
     return 0
@@ -96,6 +101,28 @@ def _taken(entry: OwnSet, known: dict, output: Path) -> str | None:
         f"{output / dataset_info.NAME} has another set of the name {entry.name}, in {place!r}, which a training would "
         "read. Give yours another name."
     )
+
+
+def _empty(entry: OwnSet, counts: Counts) -> list[str]:
+    """Why no row would be left; LLaMA-Factory loads no set without rows. counts: of the first pass."""
+    if entry.rows_of(counts.rows_out):
+        return []
+    if not counts.rows_in:
+        return [f"{entry.name}: {entry.annotations} has no row"]
+    if not counts.rows_out:
+        return [f"{entry.name}: none of its {counts.rows_in:,} rows can be used ({_reasons(counts)})"]
+    return [
+        f"{entry.name}: {entry.share:g} percent of {counts.rows_out:,} rows are less than one row. Take more, "
+        f"at least {math.ceil(10_000 / counts.rows_out) / 100:g}"
+    ]
+
+
+def _reasons(counts: Counts) -> str:
+    return ", ".join(f"{drop['rows']:,}: {reason}" for reason, drop in counts.drops.items())
+
+
+def _dropped(counts: Counts) -> int:
+    return sum(drop["rows"] for drop in counts.drops.values())
 
 
 def frame_options(arguments: Any) -> FrameOptions:
@@ -137,7 +164,7 @@ def write(
 ) -> Counts:
     """Second pass: write a set and enlist it. What it gives back has only drops of rows whose files cannot be used.
 
-    found: of the first pass. With such drops and without `options.drop` nothing is written.
+    found: of the first pass. With such drops nothing is written without `options.drop`, nor where no row is left.
     """
     unusable = Counts()
     with told(output / entry.name), Workspace(output, entry.name) as space:
@@ -167,7 +194,7 @@ def write(
                 writer.add(Record(own_rows.expanded(row.messages, parts), images))
                 counts.rows_out += 1
                 frames += sum(part for part, (tag, _) in zip(parts, row.files, strict=True) if tag == VIDEO_TAG)
-            if unusable.drops and not options.drop:
+            if unusable.drops and not (options.drop and counts.rows_out):
                 writer.abort()
                 space.discard()
                 return unusable

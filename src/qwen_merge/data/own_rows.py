@@ -15,6 +15,10 @@ from qwen_merge.data.conversations import VIDEO_TAG, Dropped, alternating, check
 from qwen_merge.data.schema import ASSISTANT, IMAGE_TAG
 
 TAGS = {"image": IMAGE_TAG, "video": VIDEO_TAG}
+NO_IMPORT = (
+    "`messages` in place of `conversations`: LLaMA-Factory's own format, which needs no import, but an entry in "
+    "dataset_info.json"
+)
 TAG = re.compile("|".join(TAGS.values()))
 
 
@@ -34,6 +38,8 @@ def read(row: object, folder: Path) -> OwnRow:
     """
     if not isinstance(row, dict):
         raise Dropped("a row is no JSON object", repr(row))
+    if "conversations" not in row and isinstance(row.get("messages"), list):
+        raise Dropped(NO_IMPORT, repr(row["messages"])[:200])
     messages = alternating(row.get("conversations"))
     text = "\n".join(message["content"] for message in messages)
     check_text(text, ("<audio>",))

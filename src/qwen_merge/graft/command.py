@@ -31,6 +31,7 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("file", type=Path, help="what is joined, as YAML")
     parser.add_argument("--plan", action="store_true", help="print what would be made; read headers, write nothing")
+    parser.add_argument("--where", action="store_true", help="print the directory that it would be, for scripts")
     parser.add_argument(
         "--picture",
         type=picture_size,
@@ -99,6 +100,9 @@ def _run(arguments: argparse.Namespace) -> int:
     from qwen_merge.merger.sources import Source, open_source
 
     recipe = read(arguments.file)
+    if arguments.where:
+        print(recipe.output)
+        return 0
     text = read_text(Path(arguments.measure) if arguments.measure else None)
     if arguments.plan:
         show(recipe, arguments.picture)

@@ -71,12 +71,19 @@ def mrope_section(text: str) -> tuple[int, int, int]:
 
 
 def add_parsers(subparsers: argparse._SubParsersAction) -> None:
+    from qwen_merge.graft.command import add_parsers as add_graft
+
     raw = argparse.RawDescriptionHelpFormatter
     parser = subparsers.add_parser(
-        "merge", help="graft a Qwen2.5-VL vision tower onto a Qwen3", epilog=MERGE_EPILOG, formatter_class=raw
+        "merge",
+        help="join a Qwen2.5-VL's vision tower and a Qwen3, as published",
+        epilog=MERGE_EPILOG,
+        formatter_class=raw,
     )
     add_merge_options(parser)
     parser.set_defaults(run=run_merge)
+
+    add_graft(subparsers)  # `qwen-merge --help` lists what makes a checkpoint before what is done with one
 
     parser = subparsers.add_parser(
         "verify",

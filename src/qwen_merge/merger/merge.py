@@ -157,7 +157,7 @@ def _write_weights(staging: Path, shards: list[Shard], ready: Prepared, seed: in
 
     jobs = _hash_jobs(ready.plan, source_path)
     total = sum(tensor.nbytes for shard in shards for tensor in shard.tensors)
-    with Progress(total, "merging") as progress, Hasher(jobs, lambda: progress.done) as hasher:
+    with Progress(total, "writing weights") as progress, Hasher(jobs, lambda: progress.done) as hasher:
         for shard in shards:
             write_shard(staging, shard, source_path, seed, progress.update)
         hasher.wait()

@@ -31,7 +31,7 @@ class Progress:
         share = 100 * self.done / max(self.total, 1)
         seconds = self.last_line - self.started
         print(
-            f"{self.label}: {share:.0f}% of {self.total / 1e9:.2f} GB after {seconds:.0f} s",
+            f"{self.label}: {share:.0f}% of {_size(self.total)} after {seconds:.0f} s",
             file=sys.stderr,
             flush=True,
         )
@@ -46,3 +46,7 @@ class Progress:
             self.bar.close()
         elif kind is None:
             self._line()
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
