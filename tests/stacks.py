@@ -27,7 +27,7 @@ NEEDS_FIRST_STACK = {
     "integration/test_training.py": LLAMAFACTORY,
     "integration/test_packed_training.py": LLAMAFACTORY,
     "integration/test_data_training.py": LLAMAFACTORY,
-    "integration/test_demo_ablation.py": LLAMAFACTORY,
+    "integration/test_demo_ablation_run.py": LLAMAFACTORY,
     "integration/test_data_distil.py": LLAMAFACTORY,
     "unit/test_bench_train.py::test_a_tiny_run*": LLAMAFACTORY,
     "unit/test_data_check.py": LLAMAFACTORY,

@@ -72,7 +72,7 @@ def test_a_broken_graft_ends_a_training_with_its_reason(checkout, place, content
     for name in ("one_stage", "stage1"):
         broken = step(checkout, place, name, GRAFT="mine.yaml")
         assert broken.returncode == 2
-        reason = "cannot be read as YAML" if "[" in content else "output is None; expected the path"
+        reason = "cannot be read as YAML" if "[" in content else "output is missing; expected the path"
         assert reason in broken.stderr
         assert "Traceback" not in broken.stderr
         assert "train:" not in broken.stderr  # nothing was started

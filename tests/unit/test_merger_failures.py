@@ -471,6 +471,9 @@ def test_a_signal_ends_it_and_cleans_up(pair, big_llm, number, code):
 
 def test_two_merges_to_one_output(pair, big_llm):
     process = started(pair, big_llm)
+    folder = pair / "place" / leftovers(pair / "place")[0]
+    while process.poll() is None and not any(folder.iterdir()):
+        time.sleep(0.001)  # its lock is there before its first file, and a moment after its folder
     process.send_signal(signal.SIGSTOP)
     try:
         with pytest.raises(UserError, match="another process is merging to"):
