@@ -1,8 +1,8 @@
 """What works for every tower, projector and LLM that `qwen-merge graft` joins: each cell is run, on tiny checkpoints.
 
-    python tests/support_table.py --folder /tmp/support --markdown        all of it: an hour or less on two cores
-    python tests/support_table.py --folder /tmp/support --towers siglip --llms qwen3 --columns loads packs
-    python tests/support_table.py --folder /tmp/support --markdown --show    the table of what has been run
+    python tests/support_table.py --folder DIR --markdown        all of it: an hour or less on two cores
+    python tests/support_table.py --folder DIR --towers siglip --llms qwen3 --columns loads packs
+    python tests/support_table.py --folder DIR --markdown --show    the table of what has been run
 
 loads: transformers finds each tensor, and a text's logits are the LLM's own. trains: one step changes projector and
 LLM, and of the tower nothing. packs: the loss of samples in one row is theirs alone. serves: vLLM's greedy tokens equal
