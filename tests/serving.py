@@ -1,6 +1,6 @@
-"""A running `scripts/serve.sh`, what is sent to it, and `qwen-merge chat` beside it.
+"""A running server, what is sent to it, and `qwen-merge chat` beside it.
 
-server = Server(checkpoint, tmp_path, "--dtype", "float32")
+server = serve(checkpoint, tmp_path, "--dtype", "float32")
 server.wait()
 text, prompt_tokens = said(server.answer(data_url(png()), "What is it?"))
 """
@@ -22,13 +22,9 @@ from training import REPOSITORY
 
 
 class Server:
-    """A running `scripts/serve.sh`; its log is shown when it does not start."""
+    """A command that serves, with a free port added to it; its log is shown when it does not start."""
 
-    def __init__(self, checkpoint: Path, folder: Path, *options: str):
-        self.start(["scripts/serve.sh", checkpoint, *options], folder)
-
-    def start(self, command: list, folder: Path, **environment: str) -> None:
-        """command: a script and its arguments, to which the port is added."""
+    def __init__(self, command: list, folder: Path, **environment: str):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -36,7 +32,7 @@ class Server:
         self.log = folder / "server.log"
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
-                ["bash", *command, "--port", str(self.port)],
+                [*command, "--port", str(self.port)],
                 cwd=REPOSITORY,
                 env={
                     **os.environ,
@@ -95,6 +91,18 @@ class Server:
         response = self.ask(*content, **options)
         assert response.status_code == 200, response.text
         return response.json()
+
+    def refusal(self, *content: dict | str, **options) -> str:
+        """The message of an answer 400."""
+        response = self.ask(*content, **options)
+        assert response.status_code == 400, response.text[:500]
+        reply = response.json()
+        return reply.get("error", reply)["message"]  # vLLM 0.12 and 0.9.1
+
+
+def serve(checkpoint: Path, folder: Path, *options: str) -> Server:
+    """`scripts/serve.sh`."""
+    return Server(["bash", "scripts/serve.sh", checkpoint, *options], folder)
 
 
 def data_url(content: bytes) -> dict:

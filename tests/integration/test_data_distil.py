@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ from qwen_merge.data.schema import Record
 from qwen_merge.data.shards import ShardWriter
 from qwen_merge.data.teacher.texts import share_of
 from record_sets import settings
+from serving import Server
 from training import REPOSITORY
 from worker_processes import family, kill_one, until
 
@@ -718,42 +718,14 @@ def test_evaluation_items_are_not_asked(converted, tmp_path):
 @pytest.fixture(scope="module")
 def vllm(untied, tmp_path_factory):
     """vLLM on the tiny checkpoint, thoughts left in the text: its words are noise, so grammars give them a form."""
-    log = tmp_path_factory.mktemp("vllm") / "server.log"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     options = ["--served-model-name", "tiny", "--dtype", "float32", "--max-model-len", "4096", "--host", "127.0.0.1"]
-    with open(log, "w") as file:
-        process = subprocess.Popen(
-            [Path(sys.executable).parent / "vllm", "serve", untied.merged, *options, "--port", str(port)],
-            env={
-                **os.environ,
-                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-                "VLLM_CPU_KVCACHE_SPACE": "1",
-            },
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    command = [Path(sys.executable).parent / "vllm", "serve", untied.merged, *options]
+    running = Server(command, tmp_path_factory.mktemp("vllm"))
     try:
-        end = time.monotonic() + 400
-        while True:
-            assert process.poll() is None, log.read_text()[-6000:]
-            assert time.monotonic() < end, log.read_text()[-6000:]
-            try:
-                if requests.get(f"http://127.0.0.1:{port}/health", timeout=5).ok:
-                    break
-            except requests.ConnectionError:
-                time.sleep(1)
-        yield f"http://127.0.0.1:{port}/v1"
+        running.wait()
+        yield f"{running.url}/v1"
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        running.stop()
 
 
 THOUGHT = "<think>([a-z]{2,4} ){9,12}</think>"

@@ -17,7 +17,7 @@ from PIL import Image
 from clips import write_clip
 from evaluations import MODEL, Runs, copy_with_the_overlay, lines, write_tables
 from qwen_merge.architecture import register
-from serving import Server, chat, data_url, decoded, png, said
+from serving import chat, data_url, decoded, png, said, serve
 from stacks import first_stack
 from training import REPOSITORY
 
@@ -31,7 +31,7 @@ SENTENCE = "I have to give the solution based on the thinking directly now."
 def server(untied, tmp_path_factory):
     folder = tmp_path_factory.mktemp("serve")
     checkpoint = shutil.copytree(untied.merged, folder / "served")
-    running = Server(
+    running = serve(
         checkpoint,
         folder,
         "--dtype",
@@ -388,10 +388,7 @@ def test_bad_completions_are_answered_400_and_the_server_goes_on(server, prompt)
 @pytest.mark.parametrize("case", BAD)
 def test_bad_requests_are_answered_400_and_the_server_goes_on(server, case):
     content, options, message = BAD[case]
-    response = server.ask(*content, "What is it?", **options)
-    assert response.status_code == 400, response.text[:500]
-    reply = response.json()
-    assert message in reply.get("error", reply)["message"]  # vLLM 0.12 and 0.9.1
+    assert message in server.refusal(*content, "What is it?", **options)
     assert server.ask("Are you there?").status_code == 200
 
 

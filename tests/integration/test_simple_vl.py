@@ -55,11 +55,10 @@ def script(step: str, *options, code: int = 0, **environment) -> str:
     return result.stdout
 
 
-class Deployed(Server):
+def deployed(folder: Path, *options: str, **environment: str) -> Server:
     """`scripts/simple_vl.sh deploy`."""
-
-    def __init__(self, folder: Path, *options: str, **environment: str):
-        self.start(["scripts/simple_vl.sh", "deploy", *TINY[:2], "--temperature", "0", *options], folder, **environment)
+    command = ["bash", "scripts/simple_vl.sh", "deploy", *TINY[:2], "--temperature", "0", *options]
+    return Server(command, folder, **environment)
 
 
 def answer(server: Server, colour: tuple[int, int, int]) -> str:
@@ -124,7 +123,7 @@ def stage2(folder, stage1, environment) -> Path:
 @pytest.fixture(scope="module")
 def starting(folder, stage2, environment):
     """The trained graft, by vLLM, whose start takes as long as what is done meanwhile."""
-    server = Deployed(folder, "--infer_backend", "vllm", "--vllm_max_model_len", "512", **environment)
+    server = deployed(folder, "--infer_backend", "vllm", "--vllm_max_model_len", "512", **environment)
     yield server
     server.stop()
 
@@ -201,7 +200,7 @@ def test_the_stock_graft_is_served_without_vllm(folder, environment):
 
     assert cli.main(["graft", str(folder / "graft_stock.yaml"), "--no-measure"]) == 0
     checkpoint = folder / "graft_stock"
-    server = Deployed(
+    server = deployed(
         folder, "--infer_backend", "pt", "--served_model_name", "stock", **{**environment, "MODEL": str(checkpoint)}
     )
     try:
