@@ -245,8 +245,11 @@ class Grafts:
         return output
 
 
-def with_projector(checkpoint: Path, target: Path, seed: int) -> Path:
-    """A copy whose projector is drawn wide, so that each picture changes what the LLM says, and by `seed`."""
+def with_projector(checkpoint: Path, target: Path, seed: int, silent: str | None = None) -> Path:
+    """A copy whose projector is drawn wide, so that each picture changes what the LLM says, and by `seed`.
+
+    silent: a prefix of tensors that are zero.
+    """
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(checkpoint, target)
@@ -256,6 +259,8 @@ def with_projector(checkpoint: Path, target: Path, seed: int) -> Path:
         if name.startswith("projector.") and weight.ndim > 1:
             noise = torch.randn(weight.shape, generator=generator)
             weights[name] = (2 * noise * weight[0].numel() ** -0.5).to(weight.dtype)
+        if silent and name.startswith(silent):
+            weights[name] = torch.zeros_like(weight)
     save_file(weights, target / "model.safetensors", {"format": "pt"})
     return target
 

@@ -14,7 +14,6 @@ import pytest
 import torch
 from accelerate import skip_first_batches
 from accelerate.data_loader import BatchSamplerShard, prepare_data_loader
-from llamafactory.data.qwen_merge_packing import collate_packs, packs_samples
 from safetensors.torch import load_file
 from torch.utils.data import BatchSampler, DataLoader
 
@@ -127,6 +126,8 @@ def write_videos(folder) -> None:
 
 
 def test_videos_are_packed_as_llama_factory_tokenises_them(data, tied):
+    from llamafactory.data.qwen_merge_packing import collate_packs  # the overlay's, so not on the second stack
+
     write_videos(data)
     options = {"folder": data, "model": tied.merged, "dataset": "clips", "cutoff_len": 300}
     packed, plain = loaded(**options), loaded(**options, neat_packing=False)
@@ -217,6 +218,8 @@ def test_a_stream_without_a_number_of_steps_is_refused(data, tied, caplog):
 
 
 def test_packing_alone_keeps_samples_apart_too(data, tied, caplog):
+    from llamafactory.data.qwen_merge_packing import collate_packs, packs_samples
+
     options = {"folder": data, "model": tied.merged, "dataset": "mixed,more", "cutoff_len": 1400}
     neat = loaded(**options)
     with caplog.at_level("WARNING"):

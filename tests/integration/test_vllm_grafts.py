@@ -24,6 +24,12 @@ COVERING = (
     ("siglip2", "linear", "qwen3_vl", "mrope"),
     *grafts.HAS_QWEN3_VL * [("qwen3_vl", "extended", "qwen3", "mrope")],
 )
+# DeepStack in both of vLLM's LLMs that take it: Qwen3-VL put together again, and one whose pictures chunks cut.
+DEEPSTACK = grafts.HAS_QWEN3_VL * (
+    ("qwen3_vl", "own", "qwen3_vl", "mrope"),
+    ("qwen3_vl", "linear", "qwen3_moe", "1d"),
+)
+CHUNKS = {"max_num_batched_tokens": 64, "max_num_seqs": 4}
 INTERPOLATED = ("siglip", "dinov2_with_registers")  # any size for a tower of one
 MAIN, UNTIED = COVERING[4], COVERING[2]
 
@@ -35,10 +41,10 @@ def requests(tmp_path_factory) -> dict[str, dict]:
 
 @pytest.fixture(scope="session")
 def checkpoints(graft, tmp_path_factory):
-    """Each of COVERING with a projector whose pictures change the answer."""
+    """Each of COVERING and DEEPSTACK with a projector whose pictures change the answer."""
     folder, found = tmp_path_factory.mktemp("covering"), {}
-    for parts in COVERING:
-        vision = {}
+    for parts in COVERING + DEEPSTACK:
+        vision = {"deepstack": True} if parts in DEEPSTACK else {}
         if parts[0] in INTERPOLATED:
             vision = {"resolution": "interpolated", "min_pixels": 28 * 28, "max_pixels": 112 * 112}
         made = graft(*parts, name="any-size" if vision else "", vision=vision)
@@ -55,7 +61,8 @@ def answers(checkpoints, requests, tmp_path_factory):
     eager = {**QUICK, "limit_mm_per_prompt": {"image": 2}}
     jobs = [
         # The second round finds the first one's prompts in the prefix cache.
-        {"name": "-".join(parts), "model": str(checkpoint), "rounds": [mixed, mixed], "engine": eager}
+        {"name": "-".join(parts), "model": str(checkpoint), "rounds": [mixed, mixed]}
+        | {"engine": {**eager, **(CHUNKS if parts in DEEPSTACK[1:] else {})}}
         for parts, checkpoint in checkpoints.items()
     ]
     jobs += [
@@ -64,7 +71,7 @@ def answers(checkpoints, requests, tmp_path_factory):
             "name": "names of memory, compiled, in chunks",
             "model": str(with_names_of_memory(checkpoints[UNTIED], folder / "renamed")),
             "rounds": [mixed],
-            "engine": {"max_num_batched_tokens": 64, "max_num_seqs": 4, "limit_mm_per_prompt": {"image": 2}},
+            "engine": {**CHUNKS, "limit_mm_per_prompt": {"image": 2}},
         },
         {
             "name": "LoRA",
@@ -76,7 +83,7 @@ def answers(checkpoints, requests, tmp_path_factory):
     return by_vllm(jobs, folder) | {"adapter": adapter}
 
 
-@pytest.mark.parametrize("parts", COVERING, ids="-".join)
+@pytest.mark.parametrize("parts", COVERING + DEEPSTACK, ids="-".join)
 def test_a_mixed_batch_gives_the_tokens_of_transformers(parts, answers, checkpoints, requests):
     first, second = (tokens_of(requests, outputs) for outputs in answers["-".join(parts)])
     assert first == by_transformers(checkpoints[parts], requests)
@@ -93,6 +100,13 @@ def test_the_prefix_cache_is_hit(answers, requests):
 
 def test_control_another_projector_gives_other_tokens_for_every_picture(answers, requests):
     ours, others = (tokens_of(requests, answers[name][0]) for name in ("-".join(MAIN), "other projector"))
+    assert {name for name in requests if ours[name] != others[name]} == requests.keys() - {"text"}
+
+
+@pytest.mark.parametrize("parts", DEEPSTACK, ids="-".join)
+def test_control_without_its_levels_deepstack_gives_other_tokens(parts, answers, checkpoints, requests, tmp_path):
+    flat = grafts.with_projector(checkpoints[parts], tmp_path / "flat", seed=1, silent="projector.deepstack.")
+    ours, others = tokens_of(requests, answers["-".join(parts)][0]), by_transformers(flat, requests)
     assert {name for name in requests if ours[name] != others[name]} == requests.keys() - {"text"}
 
 

@@ -191,7 +191,9 @@ def _frames(prompt: Mapping) -> list[int]:
     videos = (prompt.get("multi_modal_data") or {}).get("video")
     if videos is None:
         return []
-    return [len(video) for video in (videos if isinstance(videos, (list, tuple)) else [videos])]
+    # vLLM 0.12 hands each on with what it knows of it: (frames, mapping).
+    several = isinstance(videos, list) or (isinstance(videos, tuple) and not isinstance(videos[-1], Mapping))
+    return [len(video[0] if isinstance(video, tuple) else video) for video in (videos if several else [videos])]
 
 
 def _longest_videos(config) -> float:

@@ -123,12 +123,19 @@ class QwenMergeGraftForConditionalGeneration(Qwen2_5_VL_MergeForConditionalGener
             parameter.data = parameter.data.to(vllm_config.model_config.dtype)
         if config.text_config.model_type == "qwen3_moe":
             cpu.leave_experts_uncompiled(vllm_config)
-        self.language_model = init_vllm_registered_model(
-            vllm_config=vllm_config,
-            prefix=maybe_prefix(prefix, "language_model"),
-            hf_config=config.text_config,
-            architectures=[LLMS[config.text_config.model_type]],
-        )
+        self.levels, llm_prefix = None, maybe_prefix(prefix, "language_model")
+        if config.deepstack:  # of Qwen3-VL's tower, which came with vLLM 0.12's transformers
+            from qwen_merge.overlays.vllm import deepstack
+
+            self.levels = deepstack.Levels(vllm_config, config.deepstack, config.hidden_size)
+            self.language_model = deepstack.language_model(vllm_config, llm_prefix)
+        else:
+            self.language_model = init_vllm_registered_model(
+                vllm_config=vllm_config,
+                prefix=llm_prefix,
+                hf_config=config.text_config,
+                architectures=[LLMS[config.text_config.model_type]],
+            )
         if config.mrope_interleaved:
             positions.interleave(self.language_model)
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
@@ -140,6 +147,19 @@ class QwenMergeGraftForConditionalGeneration(Qwen2_5_VL_MergeForConditionalGener
         patches = image_input["pixel_values"].type(self.visual.dtype)
         tokens = self.projector(features_of(self.visual, patches, grids, self.config), grids)
         return tokens.split([self.config.tokens(grid) for grid in grids])
+
+    def embed_input_ids(
+        self, input_ids: Tensor, multimodal_embeddings=None, *, is_multimodal=None, **options
+    ) -> Tensor:
+        """As vLLM 0.12 asks for the embeddings of a step's tokens, (tokens, LLM width)."""
+        if self.levels is not None and multimodal_embeddings:
+            multimodal_embeddings = self.levels.keep(multimodal_embeddings, is_multimodal)
+        return super().embed_input_ids(input_ids, multimodal_embeddings, is_multimodal=is_multimodal, **options)
+
+    def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None, **inputs):
+        if self.levels is None or intermediate_tensors is not None or inputs_embeds is None:
+            return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **inputs)
+        return self.levels.run(self.language_model.model, inputs_embeds, input_ids=input_ids, positions=positions)
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list) -> tuple[Tensor, int]:
         """As vLLM 0.12 asks for them; 0.9.1 is taught by `positions.hook`."""

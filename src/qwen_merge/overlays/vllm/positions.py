@@ -25,14 +25,15 @@ class ServedGraftConfig(QwenMergeGraftConfig):
 
     Raises:
         ValueError: M-RoPE for an LLM whose context is stretched, which vLLM 0.9.1 knows no rotary embedding for; or
-            DeepStack, which vLLM's own LLMs take from no other tower.
+            DeepStack before an LLM that is no Qwen3.
     """
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        if self.deepstack:
+        if self.deepstack and self.text_config.model_type not in ("qwen3", "qwen3_moe"):
             raise ValueError(
-                "this graft has DeepStack, which vLLM does not serve for grafts. Make it with vision.deepstack: false."
+                f"this graft has DeepStack and an LLM of type {self.text_config.model_type}; vLLM has it for Qwen3 and "
+                "Qwen3-MoE. Make the graft with vision.deepstack: false, or with one of these LLMs."
             )
         if self.positions != "mrope" or self.projector_config["kind"] == "resampler":
             return
@@ -47,25 +48,35 @@ class ServedGraftConfig(QwenMergeGraftConfig):
 
 
 def interleave(language_model: nn.Module) -> None:
-    """Teach vLLM 0.9.1's LLM the turns of Qwen3-VL's interleaved sections; 0.12 knows them by `mrope_interleaved`."""
+    """Teach vLLM's LLM the turns of Qwen3-VL's interleaved sections where it does not know or cannot compile them.
+
+    vLLM 0.9.1 has none. 0.12 knows them by `mrope_interleaved`, but for CPUs PyTorch 2.9 does not compile its slices
+    with a step, which are indices here.
+    """
     from vllm.model_executor.layers import rotary_embedding
+    from vllm.platforms import current_platform
 
-    if "mrope_interleaved" in inspect.signature(rotary_embedding.MRotaryEmbedding.__init__).parameters:
+    embedding: Any = rotary_embedding.MRotaryEmbedding
+    known = "mrope_interleaved" in inspect.signature(embedding.__init__).parameters
+    if known and not current_platform.is_cpu():
         return
+    try:
+        from vllm.model_executor.layers.rotary_embedding.common import apply_rotary_emb_torch as turned
+    except ImportError:  # vLLM 0.9.1
+        turned = rotary_embedding._apply_rotary_emb
 
-    class InterleavedMRotaryEmbedding(rotary_embedding.MRotaryEmbedding):
-        def forward(self, positions, query, key=None):
+    class InterleavedMRotaryEmbedding(embedding):
+        def forward(self, positions, query, key=None, *_):
             """(tokens,) or (3, tokens) positions -> query and key, turned."""
             cos, sin = self.cos_sin_cache[positions].chunk(2, dim=-1)
             if positions.ndim == 2:
                 cos, sin = (values[self.axes, :, self.places].T for values in (cos, sin))
-            turned = rotary_embedding._apply_rotary_emb
             heads = (x.view(positions.shape[-1], -1, self.head_size) for x in (query, key))
             query_rot, key_rot = (turned(x, cos, sin, self.is_neox_style) for x in heads)
             return query_rot.reshape(query.shape), key_rot.reshape(key.shape)
 
     for module in language_model.modules():
-        if type(module) is rotary_embedding.MRotaryEmbedding:
+        if type(module) is embedding:
             half, device = module.rotary_dim // 2, module.cos_sin_cache.device
             axes = [place % 3 if place < 3 * module.mrope_section[place % 3] else 0 for place in range(half)]
             module.register_buffer("axes", torch.tensor(axes, device=device), persistent=False)
