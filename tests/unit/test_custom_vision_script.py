@@ -251,7 +251,7 @@ def test_an_export_that_was_stopped_leaves_nothing_under_its_name(noted, place):
     (noted / "hold").touch()
     command = [noted / "scripts/custom_vision.sh", "export", "one_stage"]
     stopped = subprocess.Popen(command, cwd=place, start_new_session=True, stderr=subprocess.DEVNULL)
-    until(lambda: (noted / "held").exists(), 60, "the export was under way", stopped)
+    until((noted / "held").exists, 60, "the export was under way", stopped)
     os.killpg(stopped.pid, signal.SIGKILL)
     stopped.wait()
     merged = noted / "outputs/rad-dino-4b-one-stage-merged"

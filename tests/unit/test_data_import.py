@@ -9,13 +9,14 @@ import json
 import os
 import tracemalloc
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from clips import write_clip
+from clips import trim, write_clip
 from own_sets import make_pictures, row, turns, write_sets
 from qwen_merge import cli
 from qwen_merge.data import json_rows
@@ -350,6 +351,27 @@ def test_a_video_becomes_its_frames_where_its_tag_was(folder):
     assert reds[2] - reds[0] > 150
     manifest = Manifest.read(manifest_path(folder / "data", "mine"))
     assert manifest.extra["frames of videos"] == 3
+
+
+def test_a_video_with_fewer_frames_than_it_announces_is_taken(folder):
+    """Its frames are those of what is shown, from its first to its last."""
+    import av
+
+    whole = write_clip(folder / "pictures/whole.mp4", frames=48, rate=24.0)
+    cut = trim(whole, folder / "pictures/cut.mp4", 7 / 24)
+    with av.open(str(cut)) as video:  # the control: it is such a video
+        announced, shown = video.streams.video[0].frames, list(video.decode(video=0))
+    assert (announced, len(shown)) == (48, 41)
+    write_sets(folder, {"mine": [row(0, "<video>?", video="cut.mp4")], "other": [row(0, "<video>?", video="no.mp4")]})
+    assert run(folder, "mine", "--video-max-pixels", "84*56", "--video-min-pixels", "84*56") == 0
+    (found,) = rows_of(folder, "mine")
+    blues = [Image.open(io.BytesIO(image["bytes"])).getpixel((40, 30))[2] for image in found["images"]]
+    expected = [shown[number].to_image().getpixel((40, 30))[2] for number in (0, 13, 27, 40)]
+    assert blues == pytest.approx(expected, abs=4)
+    assert min(b - a for a, b in pairwise(blues)) > 20
+    # The control: of a video whose end was cut off, index and all, no frame comes.
+    (folder / "pictures/no.mp4").write_bytes(whole.read_bytes()[:900])
+    assert run(folder, "other") == 2
 
 
 @pytest.mark.parametrize("pair", [("--video-min-frames", "9"), ("--video-max-pixels", "28*28")])
