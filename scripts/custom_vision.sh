@@ -14,6 +14,8 @@
 # behind the other steps it goes to their commands:
 #   DATASET=my_dataset%50 scripts/custom_vision.sh one_stage 8b learning_rate=5.0e-6 per_device_train_batch_size=2
 #   scripts/custom_vision.sh export one_stage --infer_dtype float32
+# `data` makes every answer a row of its own, because a row's last answer is trained: --turns whole leaves rows as they
+# are, whose other answers are then only read.
 #
 #   DATASET             sets with or without a share, commas between them (default: what the recipe says)
 #   SETS                the file that names them (default examples/custom_vision/sets.yaml, to be filled in)
@@ -171,7 +173,8 @@ case $step in
   data)
     sets=$(given "${SETS:-}" examples/custom_vision/sets.yaml)
     [ -n "${DATASET:-}" ] || die "DATASET is not set: names out of $sets, such as my_dataset%50."
-    exec qwen-merge data import "$DATASET" --sets "$sets" "$@" ;;
+    # The recipes have loss on a row's last answer alone. What stands behind the step can say otherwise.
+    exec qwen-merge data import "$DATASET" --sets "$sets" --turns each "$@" ;;
   graft) exec qwen-merge graft "$graft" "$@" ;;
   export)
     named

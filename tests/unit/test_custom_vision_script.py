@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from own_sets import row, write_sets
+from own_sets import row, turns, write_sets
 from worker_processes import until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -66,6 +66,35 @@ def test_sets_and_grafts_are_the_caller_s(checkout, place):
     own = step(checkout, place, "data", DATASET="my_dataset")
     assert own.returncode == 2
     assert "/path/to/your_annotations.json is no file" in own.stderr
+
+
+def test_every_answer_becomes_a_row_s_last(checkout, place):
+    """Which is the one that the recipes train."""
+    several = {"conversations": turns("Who are you?", "I.", "Who?", "You know.", "Still?", "Yes.")}
+    write_sets(place, {"mine": [several]}, data_path=None)
+    for more, rows in (((), 3), (("--turns", "whole", "--overwrite"), 1)):
+        done = step(checkout, place, "data", *more, DATASET="mine", SETS="sets.yaml")
+        assert done.returncode == 0, done.stderr
+        assert json.loads((checkout / "data/mine.manifest.json").read_text())["rows_out"] == rows
+        assert ("2 answers will get no loss" in done.stderr) == (rows == 1)
+
+
+def test_a_source_that_is_beside_the_graft_is_told_where_it_was_looked_for(checkout, place):
+    """A `source` begins in the repository, as a hub id may have its shape."""
+    text = "vision: {source: weights}\nprojector: {kind: linear}\nllm: {source: enc/llm}\noutput: mine-base\n"
+    (place / "mine.yaml").write_text(text)
+    for folder in ("weights", "enc/llm"):
+        (place / folder).mkdir(parents=True)
+    done = step(checkout, place, "graft", "--plan", GRAFT="mine.yaml", HF_HUB_OFFLINE="1")
+    assert done.returncode == 2
+    for folder in ("weights", "enc/llm"):
+        assert f"there is no directory {checkout}/{folder}" in done.stderr
+    for folder in ("weights", "enc/llm"):  # the control: they are found there
+        (checkout / folder).mkdir(parents=True)
+    again = step(checkout, place, "graft", "--plan", GRAFT="mine.yaml", HF_HUB_OFFLINE="1")
+    assert again.returncode == 2
+    assert "there is no directory" not in again.stderr
+    assert "has no config.json" in again.stderr
 
 
 @pytest.mark.parametrize("content", ["output: [", "vision: {source: x}\nllm: {source: y}\n"])
