@@ -19,7 +19,7 @@
 #
 #   DATASET             sets with or without a share, commas between them (default: what the recipe says)
 #   SETS                the file that names them (default examples/custom_vision/sets.yaml, to be filled in)
-#   GRAFT=FILE          another graft, for every step behind `data`. Its output, without -base, is the name of all that
+#   GRAFT=FILE          another graft, for `graft` and each step behind it. Its output, without -base, names all that
 #                       is made of it: siglip-base is trained to outputs/siglip-one-stage and merged to …-merged.
 #                       SETS and GRAFT are files as seen from where you are. All else is as seen from the repository,
 #                       below which all is written: a `source` or `output` in GRAFT, key=value, the options of export.
