@@ -4,11 +4,14 @@
 """
 
 import pytest
+import yaml
+from llamafactory.extras.constants import IGNORE_INDEX
 from safetensors.torch import load_file
 
 import grafts
-from own_sets import make_pictures, row, write_sets
+from own_sets import make_pictures, row, turns, write_sets
 from qwen_merge import cli
+from qwen_merge.data import own_rows
 from training import REPOSITORY, train_here
 
 pytestmark = pytest.mark.slow
@@ -41,3 +44,30 @@ def test_the_baseline_trains_qwen3_vl_s_own_projector_and_adapters(tmp_path, mon
     # The control: LLaMA-Factory by itself, which leaves the projector frozen.
     train_here(RECIPE, model=model, output=tmp_path / "less", data=data, **values, additional_target=None)
     assert not whole_tensors(load_file(tmp_path / "less/adapter_model.safetensors"))
+
+
+def test_a_row_s_last_answer_has_loss(tmp_path, monkeypatch):
+    """As in the steps behind this one; `--turns each` makes every answer such a one."""
+    from llamafactory.data.processor import SupervisedDatasetProcessor
+    from llamafactory.data.template import TEMPLATES
+    from llamafactory.hparams import DataArguments
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(grafts.make_qwen3_vl(tmp_path / "model", tied=True))
+    recipe = yaml.safe_load(RECIPE.read_text())
+    row = own_rows.read({"conversations": turns("One?", "First.", "Two?", "Second.", "Three?", "Third.")}, tmp_path)
+
+    def loss(messages: list[dict], mask_history: bool) -> str:
+        settings = DataArguments(cutoff_len=8096, mask_history=mask_history)
+        encoder = SupervisedDatasetProcessor(TEMPLATES[recipe["template"]], processor.tokenizer, processor, settings)
+        _, labels = encoder._encode_data_example(messages[:-1], messages[-1:], None, None, [], [], [])
+        return processor.tokenizer.decode([label for label in labels if label != IGNORE_INDEX]).replace(
+            "<|im_end|>\n", "|"
+        )
+
+    assert [loss(part.messages, recipe["mask_history"]) for part in own_rows.by_answer(row)] == [
+        "First.|",
+        "Second.|",
+        "Third.|",
+    ]
+    assert loss(row.messages, False) == "First.|Second.|Third.|"  # the control

@@ -4,26 +4,32 @@
 """
 
 import difflib
+import hashlib
 import io
 import json
 import os
+import random
+import subprocess
+import sys
 import tracemalloc
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from clips import write_clip
+from clips import trim, write_clip
 from own_sets import make_pictures, row, turns, write_sets
 from qwen_merge import cli
 from qwen_merge.data import json_rows
 from qwen_merge.data.frames import FrameOptions, chosen
 from qwen_merge.data.manifest import Manifest, manifest_path
-from qwen_merge.data.own_import import drawn
 from qwen_merge.data.own_rows import NO_IMPORT, expanded
+from qwen_merge.data.own_units import drawn
 from qwen_merge.errors import UserError
+from worker_processes import until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -234,11 +240,16 @@ def test_pictures_that_do_not_decode_are_told_together_and_their_sets_not_writte
     assert "mine: 1 rows: picture does not decode, such as row 4 (id n7)" in said
     assert "mine: 1 rows: video does not decode, such as row 5 (id n8)" in said
     assert "other: 1 rows: picture does not decode" in said
-    assert [path.name for path in (folder / "data").iterdir() if path.is_dir()] == ["sound"]  # no working folders
+    assert "give --resume --drop to leave them out" in said
+    assert [path.name for path in (folder / "data").iterdir() if path.name[0] != "." and path.is_dir()] == ["sound"]
     assert list(json.loads((folder / "data/dataset_info.json").read_text())) == ["sound"]
-    (folder / "pictures/torn.png").write_bytes(whole)  # mended: nothing stands in the way
-    assert run(folder, "other") == 0
-    assert run(folder, "mine", "--drop") == 0
+    assert run(folder, "mine") == 2
+    assert "half done" in capsys.readouterr().err
+    (folder / "pictures/torn.png").write_bytes(whole)  # mended
+    assert run(folder, "other", "--resume") == 0
+    assert run(folder, "mine", "--resume") == 2  # the control: the clip is not
+    assert "video does not decode" in capsys.readouterr().err
+    assert run(folder, "mine", "--resume", "--drop") == 0
     assert Manifest.read(manifest_path(folder / "data", "mine")).counts.drops.keys() == {"video does not decode"}
 
 
@@ -352,6 +363,27 @@ def test_a_video_becomes_its_frames_where_its_tag_was(folder):
     assert manifest.extra["frames of videos"] == 3
 
 
+def test_a_video_with_fewer_frames_than_it_announces_is_taken(folder):
+    """Its frames are those of what is shown, from its first to its last."""
+    import av
+
+    whole = write_clip(folder / "pictures/whole.mp4", frames=48, rate=24.0)
+    cut = trim(whole, folder / "pictures/cut.mp4", 7 / 24)
+    with av.open(str(cut)) as video:  # the control: it is such a video
+        announced, shown = video.streams.video[0].frames, list(video.decode(video=0))
+    assert (announced, len(shown)) == (48, 41)
+    write_sets(folder, {"mine": [row(0, "<video>?", video="cut.mp4")], "other": [row(0, "<video>?", video="no.mp4")]})
+    assert run(folder, "mine", "--video-max-pixels", "84*56", "--video-min-pixels", "84*56") == 0
+    (found,) = rows_of(folder, "mine")
+    blues = [Image.open(io.BytesIO(image["bytes"])).getpixel((40, 30))[2] for image in found["images"]]
+    expected = [shown[number].to_image().getpixel((40, 30))[2] for number in (0, 13, 27, 40)]
+    assert blues == pytest.approx(expected, abs=4)
+    assert min(b - a for a, b in pairwise(blues)) > 20
+    # The control: of a video whose end was cut off, index and all, no frame comes.
+    (folder / "pictures/no.mp4").write_bytes(whole.read_bytes()[:900])
+    assert run(folder, "other") == 2
+
+
 @pytest.mark.parametrize("pair", [("--video-min-frames", "9"), ("--video-max-pixels", "28*28")])
 def test_bounds_that_cross_are_refused(folder, capsys, pair):
     write_sets(folder, {"mine": SOUND})
@@ -413,11 +445,105 @@ def test_memory_does_not_grow_with_the_annotations(tmp_path):
     assert large[0] < large[1] / 2
 
 
-def test_an_import_that_was_stopped_begins_again(folder, monkeypatch):
-    from qwen_merge.data import own_import
+# Killed, and more than one worker
+
+
+def content(folder: Path) -> dict[str, str]:
+    """File to sha256, of everything but hidden folders."""
+    files = [path for path in folder.rglob("*") if path.is_file() and "/." not in str(path.relative_to(folder.parent))]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
+
+
+PARTS = 36
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> Path:
+    """Sets of 36 parts, 11 rows each with --shard-mb 1; of the second the first and the last row cannot be used."""
+    folder, dice = tmp_path_factory.mktemp("many"), random.Random(7)
+    (folder / "pictures").mkdir()
+    for number in range(20):  # noise: a PNG of 90,000 bytes
+        Image.frombytes("RGB", (200, 150), dice.randbytes(90_000)).save(folder / f"pictures/{number}.png")
+    rows = [row(number, "<image>?", image=f"{number % 20}.png") for number in range(11 * PARTS)]
+    (folder / "pictures/torn.png").write_bytes((folder / "pictures/0.png").read_bytes()[:80_000])
+    Image.new("RGB", (300_000, 1)).save(folder / "pictures/thin.png")
+    torn, thin = (row(number, "<image>?", image=f"{name}.png") for number, name in enumerate(("torn", "thin")))
+    write_sets(folder, {"mine": rows, "broken": [torn, *rows[:-1], thin]})
+    assert run(folder, "mine", "broken", "--drop", "--shard-mb", "1", "--output", folder / "reference") == 0
+    return folder
+
+
+def units_done(output: Path) -> int:
+    journal = output / ".mine.working/journal.jsonl"
+    return journal.read_bytes().count(b'"imported"') if journal.is_file() else 0
+
+
+def set_of(output: Path, name: str) -> dict[str, str]:
+    return {file: digest for file, digest in content(output).items() if file.startswith(name)}
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_an_import_that_was_killed_goes_on_and_gives_the_same_bytes(many, tmp_path, capsys, workers):
+    arguments = ["mine", "--sets", many / "sets.yaml", "--output", tmp_path, "--shard-mb", "1", "--workers", workers]
+    command = list(map(str, ["data", "import", *arguments]))
+    killed = subprocess.Popen(
+        [sys.executable, "-m", "qwen_merge.cli", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY / "src")},
+    )
+    until(lambda: units_done(tmp_path), 60, "a part was done", killed)
+    killed.kill()
+    killed.wait()
+    killed.stdout.close()
+    before = units_done(tmp_path)
+    assert 0 < before < PARTS
+    assert content(tmp_path) == {}  # nothing that a training would take for the set
+    (line, *_) = (tmp_path / ".mine.working/journal.jsonl").read_text().splitlines()
+    assert json.loads(line)["planned"] == PARTS
+    shards = {path.name: path.stat().st_mtime_ns for path in (tmp_path / ".mine.working/shards").glob("*.parquet")}
+    assert cli.main(command) == 2
+    assert "half done" in capsys.readouterr().err
+    assert cli.main([*command, "--resume"]) == 0
+    assert f"mine: {before} of {PARTS} parts were imported before" in capsys.readouterr().err
+    expected = set_of(many / "reference", "mine")
+    assert len(expected) == PARTS + 1  # and the manifest
+    assert set_of(tmp_path, "mine") == expected
+    kept = [name for name, time in shards.items() if (tmp_path / "mine" / name).stat().st_mtime_ns == time]
+    assert len(kept) >= before  # not written again
+
+
+def test_control_of_another_draw_the_bytes_are_others(many, tmp_path):
+    for seed in ("0", "1"):
+        assert run(many, "mine%25", "--seed", seed, "--output", tmp_path / seed) == 0
+    first, second = (set_of(tmp_path / seed, "mine") for seed in ("0", "1"))
+    assert first.keys() == second.keys()
+    assert not set(first.values()) & set(second.values())
+
+
+def test_all_that_cannot_be_opened_is_told_at_once_and_the_rest_is_kept(many, tmp_path, capsys):
+    arguments = ("broken", "--shard-mb", "1", "--output", tmp_path)
+    assert run(many, *arguments) == 2
+    said = capsys.readouterr().err
+    assert "broken: 1 rows: picture does not decode, such as row 0" in said
+    assert f"broken: 1 rows: picture is too thin to be shrunk, such as row {11 * PARTS}" in said
+    shards = tmp_path / ".broken.working/shards"
+    before = {path.name: path.stat().st_mtime_ns for path in shards.glob("*.parquet")}
+    assert len(before) == PARTS
+    assert not (tmp_path / "dataset_info.json").exists()
+    assert run(many, *arguments, "--resume", "--drop") == 0
+    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "broken").iterdir()}
+    again = {name for name in before if before[name] != after[name]}
+    assert again == {"part-00000-000.parquet", f"part-{PARTS - 1:05d}-000.parquet"}  # they may have been mended
+    assert set_of(tmp_path, "broken") == set_of(many / "reference", "broken")
+
+
+def test_an_import_that_was_stopped_before_its_first_part_goes_on(folder, monkeypatch):
+    from qwen_merge.data import own_units
 
     write_sets(folder, {"mine": SOUND})
-    check, seen = own_import.pictures.check, []
+    check, seen = own_units.pictures.check, []
 
     def stopped(data, *more):
         seen.append(data)
@@ -425,10 +551,37 @@ def test_an_import_that_was_stopped_begins_again(folder, monkeypatch):
             raise KeyboardInterrupt
         return check(data, *more)
 
-    monkeypatch.setattr(own_import.pictures, "check", stopped)
+    monkeypatch.setattr(own_units.pictures, "check", stopped)
     assert run(folder, "mine") == 130
     assert not (folder / "data/mine").exists()
     assert not (folder / "data/dataset_info.json").exists()
-    assert run(folder, "mine") == 0
+    assert run(folder, "mine", "--resume") == 0
     assert len(rows_of(folder, "mine")) == 4
     assert [path.name for path in (folder / "data").iterdir() if path.is_dir()] == ["mine"]
+
+
+# Each answer a row of its own
+
+
+def test_each_answer_becomes_a_row_with_the_turns_and_pictures_before_it(folder, capsys):
+    three = {
+        "image": ["b.png", "a.png"],
+        "conversations": turns("Hello.", "Hello!", "<image> or <image>?", "Two.", "Sure?", "Yes."),
+    }
+    write_sets(folder, {"mine": [SOUND[0], three]})
+    assert run(folder, "mine", "--turns", "each") == 0
+    assert "get no loss" not in capsys.readouterr().err
+    found = rows_of(folder, "mine")
+    assert [len(row["messages"]) for row in found] == [2, 2, 4, 6]
+    assert [row["messages"][-1]["content"] for row in found[1:]] == ["Hello!", "Two.", "Yes."]
+    assert [len(row["images"]) for row in found] == [1, 0, 2, 2]
+    pictures = [(folder / "pictures" / name).read_bytes() for name in ("b.png", "a.png")]
+    assert [image["bytes"] for image in found[3]["images"]] == pictures
+    manifest = Manifest.read(manifest_path(folder / "data", "mine"))
+    assert (manifest.counts.rows_in, manifest.counts.rows_out, manifest.options["turns"]) == (4, 4, "each")
+    # The control: as a whole, which says what is lost.
+    assert run(folder, "mine", "--overwrite") == 0
+    assert "2 answers will get no loss" in capsys.readouterr().err
+    assert [len(row["messages"]) for row in rows_of(folder, "mine")] == [2, 6]
+    assert run(folder, "mine", "--turns", "each") == 2  # of other rows
+    assert '--turns: "whole" before, "each" now' in capsys.readouterr().err

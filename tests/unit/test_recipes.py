@@ -149,6 +149,7 @@ def test_the_custom_encoder_recipes_are_the_seed_s():
         if name not in ("baseline", "stage1"):
             assert 1e-5 <= config["projector_learning_rate"] <= 2e-5
     assert found["baseline"]["additional_target"] == "visual.merger"
+    assert all(config["mask_history"] is True for config in found.values())  # one objective: --turns each
     assert found["encoder"]["vision_learning_rate"] == 1e-6
     assert found["stage2"]["projector_learning_rate"] < found["stage1"]["learning_rate"] <= 2e-5
     assert found["stage2"]["model_name_or_path"] == found["stage1"]["output_dir"]

@@ -5,6 +5,7 @@ and the answer behind it.
 """
 
 import json
+from pathlib import Path
 
 import pytest
 from llamafactory.data.processor import SupervisedDatasetProcessor
@@ -13,6 +14,8 @@ from llamafactory.extras.constants import IGNORE_INDEX
 from llamafactory.hparams import DataArguments
 from PIL import Image
 from transformers import AutoProcessor
+
+from qwen_merge.data.own_rows import OwnRow, by_answer
 
 THOUGHT = "<think>\nIt is round and red.\n</think>\n\n"
 EMPTY = "<think>\n\n</think>\n\n"
@@ -78,7 +81,9 @@ def pictures_of(messages: list[dict]) -> list[Image.Image]:
     return [Image.new("RGB", (84, 56))] * sum(message["content"].count("<image>") for message in messages)
 
 
-def trained(processor, messages: list[dict], tools: list[dict] | None, thinking: bool = True):
+def trained(
+    processor, messages: list[dict], tools: list[dict] | None, thinking: bool = True, mask_history: bool = True
+):
     """(input_ids, labels) of LLaMA-Factory's supervised processor, with the settings of stage 3."""
     template = TEMPLATES["qwen_merge_vl"]
     template.enable_thinking = thinking
@@ -88,7 +93,7 @@ def trained(processor, messages: list[dict], tools: list[dict] | None, thinking:
         template=template,
         tokenizer=processor.tokenizer,
         processor=processor,
-        data_args=DataArguments(cutoff_len=8096, mask_history=True),
+        data_args=DataArguments(cutoff_len=8096, mask_history=mask_history),
     )
     tools_text = json.dumps([tool["function"] for tool in tools]) if tools else ""
     try:
@@ -155,6 +160,32 @@ def test_no_think_in_the_question(processor, pattern):
     prompt, answer = sent(processor, plain, tools), answer_ids(processor, EMPTY + plain[-1]["content"])
     assert input_ids == [*prompt, *answer]
     assert labels == [IGNORE_INDEX] * len(prompt) + answer
+
+
+THREE = turns("<image>What is it?", "A circle.", "Its colour?", "Red.", "<image>And this?", "A square.")
+
+
+def test_each_of_three_answers_is_trained_on_what_inference_sends_before_it(processor):
+    """`qwen-merge data import --turns each`, and `enable_thinking: false` in the recipe."""
+    rows = [part.messages for part in by_answer(OwnRow(THREE, [("<image>", Path("a")), ("<image>", Path("b"))]))]
+    assert [row[-1]["content"] for row in rows] == ["A circle.", "Red.", "A square."]
+    for row in rows:
+        input_ids, labels = trained(processor, row, None, thinking=False)
+        prompt = sent(processor, row, None, enable_thinking=False)
+        answer = answer_ids(processor, row[-1]["content"])
+        assert input_ids == [*prompt, *answer]
+        assert labels == [IGNORE_INDEX] * len(prompt) + answer
+
+
+def test_control_of_one_row_not_every_answer_can_be_trained_so(processor):
+    """With loss on all answers the tokens before an earlier one are not those that ask for it; without, it has none."""
+    for masked, loss in ((False, ["A circle.", "Red.", "A square."]), (True, ["A square."])):
+        input_ids, labels = trained(processor, THREE, None, thinking=False, mask_history=masked)
+        text = processor.tokenizer.decode([label for label in labels if label != IGNORE_INDEX])
+        assert text == "".join(f"{answer}<|im_end|>\n" for answer in loss)
+        asked = sent(processor, THREE[:2], None, enable_thinking=False)
+        assert input_ids[: len(asked)] != asked
+        assert input_ids == [*sent(processor, THREE, None, enable_thinking=False), *answer_ids(processor, "A square.")]
 
 
 def test_control_llama_factorys_own_reasoning_template_differs(processor):

@@ -95,7 +95,12 @@ def add_convert_options(parser: argparse.ArgumentParser) -> None:
         metavar="TSV",
         help="evaluation sets (VLMEvalKit's files) whose pictures and questions are dropped",
     )
-    parser.add_argument("--workers", type=at_least(1), default=1, metavar="N", help="files at a time (default: 1)")
+    add_run_options(parser, "files")
+
+
+def add_run_options(parser: argparse.ArgumentParser, units: str) -> None:
+    """How the units of a set are done, and what becomes of one that is there."""
+    parser.add_argument("--workers", type=at_least(1), default=1, metavar="N", help=f"{units} at a time (default: 1)")
     parser.add_argument(
         "--engine",
         choices=("processes", "ray"),

@@ -53,19 +53,30 @@ def frames_of(path: Path, options: FrameOptions) -> list[bytes]:
                 seconds = float(stream.duration * stream.time_base)
             else:
                 seconds = count / float(stream.average_rate or FrameOptions.fps)
-        wanted = set(chosen(count, seconds, options))
-        found = []
-        with av.open(str(path)) as video:
-            for number, frame in enumerate(video.decode(video=0)):
-                if number in wanted:
-                    found.append(_encoded(frame.to_image(), options))
-                if len(found) == len(wanted):
-                    break
+        found, count = _taken(path, chosen(count, seconds, options), options)
+        if found is None and count:
+            # The container's number is of what is stored; of that an edit list may show less, or the end be cut off.
+            found, count = _taken(path, chosen(count, seconds, options), options)
     except (av.FFmpegError, OSError, IndexError, ValueError, TypeError, ZeroDivisionError) as error:
         raise Dropped("video does not decode", f"{path}: {type(error).__name__}: {error}"[:160]) from None
-    if len(found) < len(wanted) or not found:
-        raise Dropped("video does not decode", f"{path}: {len(found)} of the {len(wanted)} frames wanted")
+    if not found:
+        raise Dropped("video does not decode", f"{path}: no frame of it")
     return found
+
+
+def _taken(path: Path, numbers: list[int], options: FrameOptions) -> tuple[list[bytes] | None, int]:
+    """The frames of these numbers, None where there are too few; and how many were decoded for it."""
+    import av
+
+    wanted, found, decoded = set(numbers), [], 0
+    with av.open(str(path)) as video:
+        for number, frame in enumerate(video.decode(video=0)):
+            decoded += 1
+            if number in wanted:
+                found.append(_encoded(frame.to_image(), options))
+            if len(found) == len(wanted):
+                return found, decoded
+    return None, decoded
 
 
 def _encoded(image: Image.Image, options: FrameOptions) -> bytes:

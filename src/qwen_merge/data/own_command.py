@@ -4,6 +4,7 @@ import argparse
 from math import prod
 from pathlib import Path
 
+from qwen_merge.data.command import add_run_options
 from qwen_merge.data.numbers import at_least
 
 EPILOG = """\
@@ -18,7 +19,12 @@ A row has `image` and `video` (a path or a list of paths) and `conversations`, w
   {"image": ["a.jpg", "b.jpg"], "conversations": [
     {"from": "human", "value": "<image><image>Which is older?"}, {"from": "gpt", "value": "The first."}]}
 
-  qwen-merge data import my_dataset%50 other --sets my_sets.yaml
+Recipes with `mask_history: true`, as those for grafts, have loss on a row's last answer alone. With --turns each every
+answer is the last one of a row, so all are trained, each on what inference sends before it; a share is then one of the
+answers, and a picture is written once for each answer that comes after it. (Where a recipe has loss on all answers,
+keep rows whole: it would train a row's first answers several times.)
+
+  qwen-merge data import my_dataset%50 other --sets my_sets.yaml --turns each
   llamafactory-cli train examples/custom_vision/one_stage.yaml dataset=my_dataset%50,other
 """
 
@@ -28,7 +34,8 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
         "import",
         help="your own sets: JSON with image, video and conversations, or a share of it",
         description="Turns sets of your own into what the recipes read. Everything that is wrong with them is told at "
-        "once, and then nothing is written.",
+        "once,\nand then nothing is written. Pictures and videos are opened after that: those that cannot be are told\n"
+        "together, too, and the rest is kept. --resume goes on from there, as it does after a kill.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -44,7 +51,13 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--shard-mb", type=at_least(1), default=512, metavar="N", help="MiB a shard at most (default: %(default)s)"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a set when the new one is complete")
+    parser.add_argument(
+        "--turns",
+        choices=("whole", "each"),
+        default="whole",
+        help="each: every answer is a row of its own, with the turns before it (default: %(default)s; see the end)",
+    )
+    add_run_options(parser, "parts of a set")
     video = parser.add_argument_group("videos", "become pictures, taken evenly from first frame to last")
     video.add_argument(
         "--video-fps", metavar="N", type=rate, default=2.0, help="frames a second (default: %(default)s)"

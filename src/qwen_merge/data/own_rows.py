@@ -8,9 +8,11 @@
 
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from qwen_merge.data import json_rows
 from qwen_merge.data.conversations import VIDEO_TAG, Dropped, alternating, check_text
 from qwen_merge.data.schema import ASSISTANT, IMAGE_TAG
 
@@ -20,6 +22,7 @@ NO_IMPORT = (
     "dataset_info.json"
 )
 TAG = re.compile("|".join(TAGS.values()))
+WHOLE, EACH = TURNS = ("whole", "each")
 
 
 @dataclass
@@ -28,6 +31,38 @@ class OwnRow:
 
     messages: list[dict[str, str]]
     files: list[tuple[str, Path]]
+
+    @property
+    def answers(self) -> int:
+        return len(self.messages) // 2
+
+
+def judged(annotations: Path, folder: Path, turns: str = WHOLE) -> Iterator[tuple[str, "OwnRow | Dropped"]]:
+    """Each row's place, and the row or why it cannot be used. turns: `each` makes each answer a row of its own."""
+    for number, content in json_rows.rows(annotations):
+        place = place_of(number, content)
+        try:
+            row = read(content, folder)
+        except Dropped as dropped:
+            yield place, dropped
+            continue
+        if turns == WHOLE or row.answers == 1:
+            yield place, row
+            continue
+        for answer, part in enumerate(by_answer(row), 1):
+            yield f"{place} answer {answer}", part
+
+
+def by_answer(row: OwnRow) -> Iterator[OwnRow]:
+    """For each answer the turns up to it, with the files of these.
+
+    A training whose template has room for thoughts can have loss on the last answer of a row alone: what inference
+    sends before an answer that is asked for is not what it sends of one that was given.
+    """
+    for end in range(2, len(row.messages) + 1, 2):
+        messages = row.messages[:end]
+        tags = sum(len(TAG.findall(message["content"])) for message in messages)
+        yield OwnRow(messages, row.files[:tags])
 
 
 def read(row: object, folder: Path) -> OwnRow:

@@ -70,38 +70,40 @@ class HubSource(Source):
 
     def _ask(self, request: Callable[[], Result]) -> Result:
         """Run a request; turn what the hub library raises into a message for the user."""
+        looked = f"there is no directory {Path(self.repo).absolute()}"
         try:
             return request()
         except GatedRepoError:
             problem = "needs an accepted licence: accept it on its page and log in with `huggingface-cli login`"
         except RepositoryNotFoundError:
             problem = (
-                f"is neither a local directory nor a repository on {constants.ENDPOINT}. Check the spelling; a private "
-                "one needs `huggingface-cli login`"
+                f"is neither a local directory nor a repository on {constants.ENDPOINT}; {looked}. Check the spelling; "
+                "a private one needs `huggingface-cli login`"
             )
         except RevisionNotFoundError:
             problem = f"has no revision {self.revision!r}; expected a branch, a tag or a full commit"
         except LocalEntryNotFoundError as error:
             if self.offline:
                 problem = (
-                    "is not in the local cache, and no network may be used (HF_HUB_OFFLINE). Name a directory instead"
+                    f"is not in the local cache, and no network may be used (HF_HUB_OFFLINE); {looked}. Name a "
+                    "directory instead"
                 )
             else:
-                problem = _unreachable(error.__cause__)
+                problem = _unreachable(error.__cause__, looked)
         except EntryNotFoundError as error:
             problem = f"lacks a file that its listing names ({error})"
         except HFValidationError as error:
-            problem = f"is neither a local directory nor a valid hub id ({error})"
+            problem = f"is neither a local directory nor a valid hub id ({error}); {looked}"
         except HfHubHTTPError as error:
             problem = f"cannot be read from {constants.ENDPOINT} ({error})"
         except requests.exceptions.RequestException as error:
-            problem = _unreachable(error)
+            problem = _unreachable(error, looked)
         except OSError as error:
             problem = f"was not downloaded completely ({error}). Run again to resume"
         raise UserError(f"the {self.role} {self.repo} {problem}.")
 
 
-def _unreachable(error: BaseException | None) -> str:
+def _unreachable(error: BaseException | None, looked: str) -> str:
     """In plain words: what requests says are the names of its own classes and the addresses of objects."""
     reasons = (  # the special before the general
         (requests.exceptions.ProxyError, "the proxy does not let it through"),
@@ -113,5 +115,5 @@ def _unreachable(error: BaseException | None) -> str:
     why = next((reason for kind, reason in reasons if isinstance(error, kind)), "it cannot be reached")
     return (
         f"is no local directory, and cannot be downloaded from {constants.ENDPOINT}: {why}. Run again to "
-        "resume, or name a directory instead"
+        f"resume, or name a directory instead: {looked}"
     )

@@ -110,7 +110,8 @@ def open_source(source: str, role: str, revision: str | None = None) -> Source:
     parts = source.split("/")
     if source.startswith((".", "/", "~")) or len(parts) != 2 or not all(parts):
         raise UserError(
-            f"the {role} {source} does not exist; expected a checkpoint directory or a hub id (NAME/MODEL)."
+            f"the {role} {source} does not exist: there is no directory {path.absolute()}. Expected a checkpoint "
+            "directory or a hub id (NAME/MODEL)."
         )
     from qwen_merge.merger.hub import HubSource
 
