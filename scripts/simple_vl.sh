@@ -97,6 +97,15 @@ state() { sed -n "s/^  \"$1\": *\([0-9]*\).*/\1/p" "$2/trainer_state.json"; }
 finished() { [ "$(state global_step "$1")" -ge "$(state max_steps "$1")" ]; }
 progress() { echo "step $(state global_step "$1") of $(state max_steps "$1")"; }
 
+# same_start DIR MODEL: ends the script if what was trained in DIR began with another model (train writes it down).
+same_start() {
+  local was
+  [ -f "$1/started_from" ] || return 0
+  was=$(<"$1/started_from")
+  if [ ! -e "$was" ] || [ "$was" -ef "$2" ]; then return; fi   # it may have been moved since
+  die "$1 was trained from $was, and this is $2. Name another folder with OUTPUT=DIR, or the graft with GRAFT=FILE."
+}
+
 whole() {   # whole DIR: ends the script if it holds no model
   has_model "$1" && return
   ! has_adapter "$1" || die "$1 holds an adapter alone. Merge it (swift export --adapters $1 --merge_lora true" \
@@ -126,9 +135,13 @@ options_of() {
 
 # checked_rows [OPTION ...]: reads all rows; sets `rows`, the options that name them to the trainer.
 checked_rows() {
-  local place part
-  place=$(OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} LOG_LEVEL=${LOG_LEVEL:-WARNING} \
-    python "$root/examples/simple_vl/rows.py" "$output/rows" "$check" "$@")
+  local place status=0 told="$output/rows/place.$(uname -n).$$"
+  mkdir -p "$output/rows"
+  OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} LOG_LEVEL=${LOG_LEVEL:-WARNING} \
+    run python "$root/examples/simple_vl/rows.py" "$output/rows" "$check" "$@" >"$told" || status=$?
+  place=$(<"$told")
+  rm "$told"
+  [ "$status" = 0 ] || exit "$status"
   rows=(--cached_dataset "$place/train")
   if [ -d "$place/val" ]; then rows+=(--cached_val_dataset "$place/val"); fi
 }
@@ -154,6 +167,7 @@ train() {   # train STAGE MODEL FREEZE_VIT FREEZE_LLM [OPTION ...]
   fi
   if [ "$step" != check ]; then
     newest=$(last "$into")
+    [ -z "$newest" ] || same_start "$into" "$from"
     if [ -n "$newest" ] && finished "$newest"; then
       say "$stage is finished: $newest (to train it again: OUTPUT=<another folder>)"
       return
@@ -164,6 +178,11 @@ train() {   # train STAGE MODEL FREEZE_VIT FREEZE_LLM [OPTION ...]
     if [ -n "$newest" ] && [ -z "$(option resume_from_checkpoint "" "$@")" ]; then
       say "$stage goes on from $newest ($(progress "$newest"))"
       options+=(--resume_from_checkpoint "$newest")
+      # Transformers loads a resumed model by names of memory, which the stock architecture's checkpoints do not have: it
+      # would go on with the weights that the stage began with.
+      if [[ " ${common[*]} " == *" --model_type "* ]] && has_model "$newest"; then options+=(--model "$newest"); fi
+    elif [ -z "$newest" ] && [ "${NODE_RANK:-0}" = 0 ]; then
+      realpath "$from" >"$into/started_from"
     fi
   fi
   if [ "$check" = no ]; then
@@ -194,6 +213,7 @@ case $step in
   stage2)
     from=${MODEL:-$(last "$output/stage1")}
     [ -n "$from" ] || die "there is no whole checkpoint in $output/stage1. Run stage1, or name one with MODEL=DIR."
+    [ -n "${MODEL:-}" ] || same_start "$output/stage1" "$base"
     [ -n "${MODEL:-}" ] || finished "$from" || die "stage 1 is not finished: $from is $(progress "$from")." \
       "Launch stage1 again, which goes on from there, or start from it as it is with MODEL=$from."
     train stage2 "$from" false false "$@"

@@ -4,8 +4,8 @@
 
 ms-swift encodes rows while it trains, so a row that is too long or has no picture strikes hours in. What is written is
 what `swift export --to_cached_dataset` writes, the rows and the number of tokens of each (pictures stay files), except
-that every unreadable row is named, not the first or the first ten. `swift sft --cached_dataset` takes it, and leaves out
-what is longer than its --max_length. Rows that were read before, with the same options and files, are not read again.
+that every unreadable row is named, not the first or the first ten. `swift sft --cached_dataset` takes it, and leaves
+out what is longer than its --max_length. Rows that were read before, with the same options and files, are not read again.
 
 Prints the folder that holds train/ and, where there are rows to evaluate on, val/. Leaves with 2 where a row cannot be
 read; drop leaves such rows out.
@@ -72,7 +72,9 @@ def key(args: ExportArguments, mode: str) -> str:
     known["template"] = {**args.get_template_kwargs(), "template": args.template}
     if known["template"]["truncation_strategy"] == "raise":
         known["template"].pop("max_length")
-    known["environment"] = {name: os.environ[name] for name in sorted(os.environ) if "PIXELS" in name or "FRAMES" in name}
+    known["environment"] = {
+        name: os.environ[name] for name in sorted(os.environ) if "PIXELS" in name or "FRAMES" in name
+    }
     for name in [*args.dataset, *args.val_dataset]:
         path = Path(name.partition("#")[0])  # a number of rows may stand behind it
         if path.is_file():
@@ -99,7 +101,7 @@ def listed(part: Dataset, numbers: list[int], column: str) -> str:
 
 
 def readable(part: Dataset, drop: bool, into: Path, what: str) -> Dataset:
-    """Without the rows that cannot be read. Leaves with 2 if there are some and they are not to be dropped, or all are."""
+    """Without the rows that cannot be read. Leaves with 2 if there are some that are not to be dropped, or no others."""
     wrong = [number for number, problem in enumerate(part["problem"]) if problem]
     if wrong:
         say(f"{len(wrong)} of {len(part)} rows {what} cannot be read:{listed(part, wrong, 'problem')}")
@@ -117,7 +119,8 @@ def tell(part: Dataset, what: str, longest: int) -> None:
     """What training will make of the lengths. Leaves with 2 if no row is short enough."""
     lengths = part["length"]
     long = [number for number, length in enumerate(lengths) if length > longest]
-    say(f"{len(lengths)} rows {what}; {len(long)} longer than --max_length {longest} (the longest: {max(lengths)} tokens)")
+    most = f"--max_length {longest} (the longest: {max(lengths)} tokens)"
+    say(f"{len(lengths)} rows {what}; {len(long)} longer than {most}")
     if long:
         say(f"these are left out:{listed(part, long, 'length')}")
     if len(long) == len(lengths):
