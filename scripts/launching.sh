@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # What the scripts that start a trainer share: one training a folder, a kill that reaches all of it, and checkpoints
 # that were cut short. Sourced by train.sh, simple_vl.sh and custom_vision.sh; runs nothing itself.
 

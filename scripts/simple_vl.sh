@@ -135,7 +135,7 @@ options_of() {
 
 # checked_rows [OPTION ...]: reads all rows; sets `rows`, the options that name them to the trainer.
 checked_rows() {
-  local place status=0 told="$output/rows/place.$(uname -n).$$"
+  local place status=0 told=$output/rows/place.$HOSTNAME.$$
   mkdir -p "$output/rows"
   OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} LOG_LEVEL=${LOG_LEVEL:-WARNING} \
     run python "$root/examples/simple_vl/rows.py" "$output/rows" "$check" "$@" >"$told" || status=$?
@@ -147,7 +147,7 @@ checked_rows() {
 }
 
 train() {   # train STAGE MODEL FREEZE_VIT FREEZE_LLM [OPTION ...]
-  local stage=$1 from=$2 vit=$3 llm=$4 sets into newest each named= others=()
+  local stage=$1 from=$2 vit=$3 llm=$4 sets into newest each named others=()
   shift 4
   [ -n "${DATASET:-}" ] || die "DATASET is not set: a JSONL file of rows with messages and images, or ms-swift's names."
   read -ra sets <<<"$DATASET"
@@ -193,6 +193,7 @@ train() {   # train STAGE MODEL FREEZE_VIT FREEZE_LLM [OPTION ...]
   checked_rows "${common[@]}" "${data[@]}" "$@"
   [ "$step" != check ] || return 0
   # The rows are those that were checked, so what named them is left out.
+  named=
   for each in "${data[@]}" "$@"; do
     case $each in
       --dataset | --val_dataset | --split_dataset_ratio) named=1 ;;

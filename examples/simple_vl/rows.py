@@ -5,7 +5,8 @@
 ms-swift encodes rows while it trains, so a row that is too long or has no picture strikes hours in. What is written is
 what `swift export --to_cached_dataset` writes, the rows and the number of tokens of each (pictures stay files), except
 that every unreadable row is named, not the first or the first ten. `swift sft --cached_dataset` takes it, and leaves
-out what is longer than its --max_length. Rows that were read before, with the same options and files, are not read again.
+out what is longer than its --max_length. Rows that were read before, with the same options and files, are not read
+again.
 
 Prints the folder that holds train/ and, where there are rows to evaluate on, val/. Leaves with 2 where a row cannot be
 read; drop leaves such rows out.
@@ -101,7 +102,7 @@ def listed(part: Dataset, numbers: list[int], column: str) -> str:
 
 
 def readable(part: Dataset, drop: bool, into: Path, what: str) -> Dataset:
-    """Without the rows that cannot be read. Leaves with 2 if there are some that are not to be dropped, or no others."""
+    """Without the rows that cannot be read. Leaves with 2 if there are some that may not be dropped, or no others."""
     wrong = [number for number, problem in enumerate(part["problem"]) if problem]
     if wrong:
         say(f"{len(wrong)} of {len(part)} rows {what} cannot be read:{listed(part, wrong, 'problem')}")
