@@ -29,7 +29,7 @@ unset CDPATH
 here=$PWD
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 
-die() { printf 'custom_vision: %s\n' "$*" >&2; exit 2; }
+. scripts/launching.sh   # say, die, lock, set_aside_half_checkpoints, run
 
 case ${1:-} in -h | --help | "") sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; [ $# -gt 0 ]; exit ;; esac
 step=$1 trained= made= name=
@@ -184,7 +184,10 @@ case $step in
     export PATH="$PWD/.venv-current/bin:$PATH"
     recipe_values
     [ -z "${REPORT_TO:-}" ] || values+=("report_to=$REPORT_TO")
-    exec llamafactory-cli train "$recipe" "${values[@]}" "$@" ;;
+    for each in "${values[@]}" "$@"; do case $each in output_dir=*) output=${each#*=} ;; esac; done
+    lock "$output"
+    set_aside_half_checkpoints "$output"
+    run llamafactory-cli train "$recipe" "${values[@]}" "$@" ;;
   *)
     named
     recipe_values

@@ -14,8 +14,7 @@ set -euo pipefail
 unset CDPATH
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 
-say() { printf 'train: %s\n' "$*" >&2; }
-die() { say "$@"; exit 2; }
+. scripts/launching.sh   # say, die, has_model, has_adapter, set_aside_half_checkpoints, lock, run
 
 usage="usage: scripts/train.sh <4B|8B> <1|2.1|2.2|3|all> [key=value ...], or scripts/train.sh <recipe.yaml> [key=value ...]"
 case ${1:-} in -h | --help) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit ;; esac
@@ -75,10 +74,6 @@ value() {
   printf '%s\n' "$found"
 }
 
-# Weights are written after config.json, an index after its shards, so together they mean a whole model.
-has_model() { [ -f "$1/config.json" ] && { [ -f "$1/model.safetensors" ] || [ -f "$1/model.safetensors.index.json" ]; }; }
-has_adapter() { [ -f "$1/adapter_config.json" ] && [ -f "$1/adapter_model.safetensors" ]; }
-
 made_by() {
   case $1 in
     1) echo "python3 src/model_merge/model_merger.py --vlm-path Qwen/Qwen2.5-VL-72B-Instruct --llm-path Qwen/Qwen3-$size" \
@@ -87,45 +82,6 @@ made_by() {
     2.2) echo "scripts/train.sh $size 2.1" ;;
     3) echo "scripts/train.sh $size 2.2" ;;
   esac
-}
-
-# The trainer writes trainer_state.json last. A checkpoint without it was cut short, and LLaMA-Factory, which takes the
-# newest, would stop at it on every launch.
-set_aside_half_checkpoints() {
-  local newest aside
-  # One node does it, and before any process of the run has started: torchrun waits for the other nodes.
-  [ -d "$1" ] && [ "${NODE_RANK:-0}" = 0 ] || return 0
-  while newest=$(find "$1" -maxdepth 1 -type d -name 'checkpoint-*' | sort -V | tail -n 1)
-    [ -n "$newest" ] && [ ! -s "$newest/trainer_state.json" ]; do
-    aside=$1/incomplete-$(basename "$newest").$(date +%s)
-    say "$newest was cut short while it was written; it is now $aside"
-    mv "$newest" "$aside"
-  done
-}
-
-# One training an output folder: the lock is the folder's own, and the trainer inherits it, so that it holds as long as
-# the trainer lives, even without this script.
-lock() {
-  [ "${NODE_RANK:-0}" = 0 ] || return 0
-  mkdir -p "$1"
-  exec 8<"$1"
-  flock -n 8 || die "another training writes to $1. Wait for it, or stop it."
-}
-
-# Runs a command in a session of its own and hands on SIGTERM, SIGINT and SIGHUP to all of it: llamafactory-cli itself
-# would leave torchrun and its workers behind.
-run() {
-  local status=0
-  setsid "$@" &
-  local child=$!
-  trap 'kill -TERM -- "-$child" 2>/dev/null || true' TERM INT HUP
-  while :; do
-    status=0
-    wait "$child" || status=$?
-    kill -0 "$child" 2>/dev/null || break   # a signal ends `wait` before the child has ended
-  done
-  trap - TERM INT HUP
-  return "$status"
 }
 
 # train RECIPE NAME [STAGE]

@@ -6,7 +6,8 @@
 
 Answers are matched exactly unless --judge names a judge (OPENAI_API_KEY, OPENAI_API_BASE). A table of your own is
 `$LMUData/NAME.tsv` (index, question, A to D, answer, category, image in base64), and --data NAME. VLMEvalKit keeps its
-data sets in $LMUData, by default ~/LMUData. Results: WORK_DIR/*/MODEL/.
+data sets in $LMUData, by default ~/LMUData. Results: WORK_DIR/*/MODEL/, a new folder each run. --reuse goes on in the
+newest one instead: what was answered there is not asked again, whatever checkpoint answered it under that name.
 
 The server may still be loading: it is waited for. Leaves with 0 when each data set was answered (and scored, where
 VLMEvalKit scores it), with 1 when one was not, and with 2 when no server with that model answers.
@@ -40,7 +41,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=512, help="of an answer (default: %(default)s)")
     parser.add_argument("--judge", default="exact_matching", help="default: %(default)s")
     parser.add_argument("--mode", choices=["all", "infer"], default="all", help="infer: answers without a score")
-    parser.add_argument("--reuse", action="store_true", help="go on with the answers of an earlier run")
+    parser.add_argument(
+        "--reuse", action="store_true", help="go on in the newest run's folder: ask what is not answered yet"
+    )
     parser.add_argument("--retry", type=int, default=10, help="times that a question is asked (default: %(default)s)")
     parser.add_argument(
         "--wait", type=float, default=600, metavar="SECONDS", help="for the server to come (default: %(default)s)"
@@ -96,9 +99,19 @@ class Errors(logging.Handler):
         self.texts.append(record.getMessage())
 
 
+def spelled(model: str) -> str:
+    """A model's name in EvalScope's folders and files."""
+    return os.path.basename(model).replace(":", "-").replace(".", "_")
+
+
+def newest_run(folder: Path, model: str) -> Path | None:
+    """EvalScope's folder, named by its time, of the last run in which the model was asked; None if there was none."""
+    return max((path.parent for path in folder.glob(f"*/{spelled(model)}")), key=lambda run: run.name, default=None)
+
+
 def problem(data: str, model: str, folder: Path, since: float, errors: list[str]) -> str | None:
     """Why a data set was not evaluated, or None. since: results that were there before (time.time()) do not count."""
-    name = f"{os.path.basename(model).replace(':', '-').replace('.', '_')}_{data}"  # as EvalScope spells it
+    name = f"{spelled(model)}_{data}"
     answers = [
         path
         for path in folder.rglob(f"{name}.*")
@@ -147,10 +160,18 @@ def main() -> None:
         "retry": given.retry,
         "reuse": given.reuse,
     }
-    errors, since = Errors(), time.time()
+    folder, errors, since = Path(given.work_dir), Errors(), time.time()
+    earlier = newest_run(folder, given.model) if given.reuse else None
+    if earlier:
+        # What is whole already need not be written again.
+        folder, since = earlier, 0.0
+        print(f"evaluate: goes on in {earlier}", file=sys.stderr)
+    elif given.reuse:
+        print(f"evaluate: there is no earlier run of {given.model} in {folder}; all is asked", file=sys.stderr)
     logging.getLogger("VLMEvalKit").addHandler(errors)
-    run_task(TaskConfig(work_dir=given.work_dir, eval_backend="VLMEvalKit", eval_config=settings))
-    found = [problem(data, given.model, Path(given.work_dir), since, errors.texts) for data in given.data]
+    cache = str(earlier) if earlier else None
+    run_task(TaskConfig(work_dir=given.work_dir, use_cache=cache, eval_backend="VLMEvalKit", eval_config=settings))
+    found = [problem(data, given.model, folder, since, errors.texts) for data in given.data]
     if problems := [text for text in found if text]:
         if any("nothing was answered" in text for text in problems):
             problems.append("A data set is a name of VLMEvalKit's, or a table, $LMUData/NAME.tsv.")

@@ -6,8 +6,10 @@ The pictures are red or blue, so what a trained model has to answer is known, an
 import base64
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -32,11 +34,12 @@ COLOURS = {"A": (255, 0, 0), "B": (0, 0, 255)}
 SIZES = ((56, 56), (84, 56))
 TINY = ("--torch_dtype", "float32", "--dataloader_num_workers", "0", "--dataset_num_proc", "1", "--seed", "1")
 STEPS = ("--gradient_accumulation_steps", "1", "--warmup_ratio", "0", "--logging_steps", "1")
+SECOND = (*TINY, *STEPS, "--num_train_epochs", "6", "--learning_rate", "2e-3")
 
 
-def script(step: str, *options, code: int = 0, **environment) -> str:
-    """What `scripts/simple_vl.sh` prints."""
-    result = subprocess.run(
+def launch(step: str, *options, **environment) -> subprocess.Popen:
+    """`scripts/simple_vl.sh`."""
+    return subprocess.Popen(
         ["bash", REPOSITORY / "scripts/simple_vl.sh", step, *map(str, options)],
         cwd=REPOSITORY,
         env={
@@ -48,9 +51,17 @@ def script(step: str, *options, code: int = 0, **environment) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=900,
-        check=False,
     )
+
+
+def script(step: str, *options, code: int = 0, **environment) -> str:
+    """What `scripts/simple_vl.sh` prints."""
+    process = launch(step, *options, **environment)
+    try:
+        printed = process.communicate(timeout=900)[0]
+    finally:
+        process.terminate()
+    result = subprocess.CompletedProcess(process.args, process.returncode, printed)
     assert result.returncode == code, result.stdout[-6000:]
     return result.stdout
 
@@ -87,8 +98,18 @@ def folder(tmp_path_factory) -> Path:
             file.write_bytes(png(size, colour))
             messages = [{"role": "user", "content": f"<image>{QUESTION}"}, {"role": "assistant", "content": letter}]
             rows.append({"messages": messages, "images": [str(file)]})
-    (folder / "train.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    write(folder / "train.jsonl", rows)
+    wrong = {
+        "no picture": {**rows[0], "images": [str(folder / "none.png")]},
+        "a placeholder": {**rows[0], "messages": [{"role": "user", "content": "<image><|image_pad|>"}, messages[1]]},
+        "too long": {**rows[0], "messages": [{"role": "user", "content": "<image>" + "word " * 9000}, messages[1]]},
+    }
+    write(folder / "mixed.jsonl", [*wrong.values(), *rows])
     return folder
+
+
+def write(file: Path, rows: list[dict]) -> None:
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +118,8 @@ def environment(folder) -> dict[str, str]:
     return {
         "GRAFT": str(folder / "graft.yaml"),
         "OUTPUT": str(folder / "out"),
-        "DATASET": str(folder / "train.jsonl"),
+        "DATASET": str(folder / "mixed.jsonl"),
+        "CHECK": "drop",
         "LMUData": str(folder / "lmu"),
     }
 
@@ -110,13 +132,14 @@ def base(folder, environment) -> Path:
 
 @pytest.fixture(scope="module")
 def stage1(folder, base, environment) -> Path:
-    script("stage1", *TINY, *STEPS, "--num_train_epochs", "1", "--learning_rate", "1e-3", **environment)
+    options = (*TINY, *STEPS, "--num_train_epochs", "1", "--learning_rate", "1e-3")
+    (folder / "stage1.log").write_text(script("stage1", *options, **environment))
     return folder / "out/stage1/checkpoint-4"
 
 
 @pytest.fixture(scope="module")
 def stage2(folder, stage1, environment) -> Path:
-    script("stage2", *TINY, *STEPS, "--num_train_epochs", "6", "--learning_rate", "2e-3", **environment)
+    script("stage2", *SECOND, **environment)
     return folder / "out/stage2/checkpoint-24"
 
 
@@ -161,6 +184,80 @@ def test_stage_2_changes_everything(stage1, stage2):
     assert any(name.endswith("q_norm.weight") for name in different)
 
 
+def named(printed: str) -> str:
+    """What reading the rows said."""
+    return "\n".join(line for line in printed.splitlines() if line.startswith(("rows:", "  - ")))
+
+
+def test_rows_that_cannot_be_used_are_named_before_the_first_step(folder, stage1, environment, tmp_path):
+    """Stage 1 had left them out: its four steps are eight rows of eleven."""
+    said = named((folder / "stage1.log").read_text())
+    assert "rows: 2 of 11 rows train cannot be read" in said
+    assert "none.png (not there)" in said
+    assert "the text has 5 placeholders for images" in said
+    assert "rows: 9 rows train; 1 longer than --max_length 8192" in said
+    stopped = script("stage1", *TINY, *STEPS, code=2, **{**environment, "CHECK": "stop", "OUTPUT": str(tmp_path)})
+    assert "none.png (not there)" in named(stopped)
+    assert "leave them out with CHECK=drop" in named(stopped)
+    assert not list(tmp_path.glob("stage1/checkpoint-*"))
+
+
+def test_a_killed_stage_goes_on_where_it_was(folder, stage2, environment):
+    """To the weights of a run that was not killed, without a step twice."""
+    stage = folder / "out/killed"
+    options = (*SECOND, "--save_steps", "1", "--output_dir", stage)
+    process = launch("stage2", *options, **environment)
+    try:
+        end = time.monotonic() + 300
+        while not list(stage.glob("checkpoint-*/trainer_state.json")) and process.poll() is None:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+    finally:
+        process.terminate()
+        printed = process.communicate(timeout=60)[0]
+    assert process.returncode != 0, printed[-6000:]
+    half = stage / "checkpoint-23"
+    assert not half.exists()
+    half.mkdir()
+    shutil.copy(stage2 / "config.json", half)
+    printed = script("stage2", *options, **environment)
+    assert "checkpoint-23 was cut short" in printed
+    assert "stage2 goes on from" in printed
+    assert "cannot be read" not in printed  # as they were for stage 2
+    first, second = weights(stage2), weights(stage / "checkpoint-24")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    notes = [json.loads(line) for line in (stage / "logging.jsonl").read_text().splitlines()]
+    steps = [int(note["global_step/max_steps"].split("/")[0]) for note in notes if "loss" in note]
+    assert steps[0] == 1
+    assert steps.count(1) == 1  # the control: begun again it would be there twice
+    assert steps[-1] == 24
+    before = (stage / "checkpoint-24/model.safetensors").stat().st_mtime_ns
+    assert "stage2 is finished" in script("stage2", *options, **environment)
+    assert (stage / "checkpoint-24/model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_stock_checkpoint_goes_on_with_its_own_weights(folder, environment):
+    """By itself transformers' trainer would not find the tower and the LLM in it, and go on with the graft's."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    stock = {**environment, "GRAFT": str(folder / "graft_stock.yaml"), "DATASET": str(folder / "train.jsonl")}
+    stock |= {"OUTPUT": str(folder / "stock"), "CHECK": "no"}
+    script("graft", "--no-measure", **stock)
+    options = (*TINY, *STEPS, "--max_steps", "2", "--save_steps", "1", "--learning_rate", "2e-3")
+    stock["MODEL"] = str(folder / "graft_stock")
+    script("stage2", *options, **stock)
+    whole, begun = folder / "stock/stage2", folder / "stock/begun"
+    shutil.copytree(whole / "checkpoint-1", begun / "checkpoint-1")
+    script("stage2", *options, "--output_dir", begun, **stock)
+    kept = load_file(whole / "checkpoint-2/model.safetensors")
+    found = load_file(begun / "checkpoint-2/model.safetensors")
+    assert all(torch.equal(kept[name], found[name]) for name in kept)
+    # The control: what the trainer does by itself.
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "graft_stock", torch_dtype="float32")
+    loaded = model.load_state_dict(load_file(whole / "checkpoint-1/model.safetensors"), strict=False)
+    assert any("visual" in name for name in loaded.missing_keys)
+
+
 def test_infer_answers_the_rows(folder, starting, environment):
     result = folder / "answers.jsonl"
     options = ("--val_dataset", folder / "train.jsonl", "--result_path", result, "--max_new_tokens", "4")
@@ -198,8 +295,9 @@ def test_the_stock_graft_is_served_without_vllm(folder, environment):
     """Untrained, under the kit's template: what it says is what transformers makes of the same prompt."""
     from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
-    assert cli.main(["graft", str(folder / "graft_stock.yaml"), "--no-measure"]) == 0
     checkpoint = folder / "graft_stock"
+    if not checkpoint.exists():
+        assert cli.main(["graft", str(folder / "graft_stock.yaml"), "--no-measure"]) == 0
     server = deployed(
         folder, "--infer_backend", "pt", "--served_model_name", "stock", **{**environment, "MODEL": str(checkpoint)}
     )
@@ -224,7 +322,7 @@ def test_the_stock_graft_is_served_without_vllm(folder, environment):
 def test_what_cannot_go_on_is_said(folder, tmp_path):
     elsewhere = {"GRAFT": str(folder / "graft.yaml"), "OUTPUT": str(tmp_path), "DATASET": "rows.jsonl"}
     assert "unknown step stage3" in script("stage3", code=2)
-    assert "there is no checkpoint in" in script("stage2", code=2, **elsewhere)
+    assert "there is no whole checkpoint in" in script("stage2", code=2, **elsewhere)
     assert "is not a file" in script("stage1", code=2, GRAFT=str(tmp_path / "none.yaml"))
     assert "DATASET is not set" in script(
         "stage1", code=2, **{**elsewhere, "DATASET": "", "MODEL": str(folder / "llm")}

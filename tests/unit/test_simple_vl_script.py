@@ -73,38 +73,21 @@ def test_a_data_set_without_a_result_is_named_and_is_no_success(table, letter_a)
         assert sound.returncode == 0, sound.stderr[-3000:]
         assert "waiting up to 600 s" in sound.stderr
         letter_a.always = "400"
+        before = len(letter_a.bodies)
         failed = evaluate(table, letter_a, *common, "NoSuchSet")
+        assert len(letter_a.bodies) > before
         assert failed.returncode == 1
         problems = failed.stderr.rpartition("not everything was evaluated")[2]
         assert "Letters: 1 of 1 questions got no answer" in problems
         assert "NoSuchSet: nothing was answered" in problems
+        # The newest run is gone on with: what had no answer is asked, and what has one is not. The control is the run
+        # above, which asked what the first had answered.
+        letter_a.always = None
+        for asked in (1, 0):
+            before = len(letter_a.bodies)
+            again = evaluate(table, letter_a, *common, "--reuse")
+            assert again.returncode == 0, again.stderr[-3000:]
+            assert len(letter_a.bodies) == before + asked
+        assert len(list((table / "out").iterdir())) == 2
     finally:
         letter_a.stop()
-
-
-def test_each_graft_has_outputs_of_its_own(tmp_path):
-    """One graft's stage 2 does not begin with another's stage 1."""
-
-    def stage2(graft: str) -> str:
-        done = subprocess.run(
-            ["bash", REPOSITORY / "scripts/simple_vl.sh", "stage2"],
-            env={
-                **{name: value for name, value in os.environ.items() if name not in ("OUTPUT", "MODEL", "DATASET")},
-                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-                "GRAFT": str(REPOSITORY / "examples/simple_vl" / graft),
-            },
-            cwd=tmp_path,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=60,
-        )
-        assert done.returncode == 2
-        return done.stderr
-
-    checkpoint = tmp_path / "outputs/simple_vl/stage1/checkpoint-9"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "config.json").write_text("{}")
-    assert "DATASET is not set" in stage2("graft.yaml")  # it has found where to begin
-    assert "there is no checkpoint in outputs/simple_vl_stock" in stage2("graft_stock.yaml")

@@ -33,7 +33,8 @@ mkdir -p "$out" && touch "$out"/{config.json,model.safetensors.index.json,train_
 def checkout(tmp_path):
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     (tmp_path / "scripts").mkdir()
-    shutil.copy(ROOT / "scripts/train.sh", tmp_path / "scripts/train.sh")
+    for name in ("train.sh", "launching.sh"):
+        shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts" / name)
     tool = tmp_path / ".venv/bin/llamafactory-cli"
     tool.parent.mkdir(parents=True)
     tool.write_text(STAND_IN)
