@@ -59,8 +59,8 @@ graft=$(given "${GRAFT:-}" "examples/custom_vision/graft_$size.yaml")
 # base: where the graft is made. A file that says none ends the script where base is on a line of its own.
 base() { qwen-merge graft --where "$graft"; }
 
-# named: sets `made`, the graft's output, and `name`, by which the recipes' rad-dino-4b is replaced: two grafts never
-# share an output, which a training would take for its own, unfinished.
+# named: sets `made`, the graft's output, and `name`, by which the recipes' rad-dino-4b is replaced: a graft's
+# training would take another one's output for its own, unfinished.
 named() {
   made=$(base)
   name=$(basename "$made")
@@ -93,26 +93,6 @@ trained_from() {
 }
 
 same() { [ "$(realpath -m -- "$1")" = "$(realpath -m -- "$2")" ]; }
-
-# goes_on KEY=VALUE...: ends the script where a training would go on with what was trained from another model.
-goes_on() {
-  local argument from output config before
-  for argument; do
-    case $argument in
-      model_name_or_path=*) from=${argument#*=} ;;
-      output_dir=*) output=${argument#*=} ;;
-    esac
-  done
-  for config in "$output"/adapter_config.json "$output"/checkpoint-*/adapter_config.json; do
-    [ -f "$config" ] || continue
-    before=$(trained_from "$(dirname "$config")") || die "$config cannot be read."
-    if [ -n "$before" ] && [ -e "$before" ] && ! same "$before" "$from"; then
-      die "$output holds what was trained from '$before', and this would go on with it from '$from'." \
-        "Give output_dir=<another folder>."
-    fi
-    break   # all of one folder are of one training
-  done
-}
 
 # export_of_what_was_trained ARGUMENT...: merges an adapter into what it was trained from, and into nothing else: the
 # tensors of another model of this size have the same names and shapes, so that no library would notice.
@@ -191,6 +171,5 @@ case $step in
   *)
     named
     recipe_values
-    goes_on "${values[@]}" "$@"
     exec scripts/train.sh "$recipe" "${values[@]}" "$@" ;;
 esac

@@ -14,22 +14,54 @@ newest_checkpoint() {
   [ ! -d "$1" ] || find "$1" -maxdepth 1 -name 'checkpoint-*' -type d | sort -V | tail -n 1
 }
 
-# The trainer writes trainer_state.json last. A checkpoint without it was cut short, and a trainer that takes the newest
-# would stop at it on every launch.
+# The trainer writes trainer_state.json last, and the brace at its end.
+is_whole() { [ -s "$1/trainer_state.json" ] && [ "$(tail -n 1 "$1/trainer_state.json")" = "}" ]; }
+
+# A checkpoint that was cut short is one at which a trainer that takes the newest would stop on every launch.
 set_aside_half_checkpoints() {
   local newest aside
   # One node does it, and before any process of the run has started: torchrun waits for the other nodes.
   [ -d "$1" ] && [ "${NODE_RANK:-0}" = 0 ] || return 0
   while newest=$(newest_checkpoint "$1")
-    [ -n "$newest" ] && [ ! -s "$newest/trainer_state.json" ]; do
+    [ -n "$newest" ] && ! is_whole "$newest"; do
     aside=$1/incomplete-$(basename "$newest").$(date +%s)
     say "$newest was cut short while it was written; it is now $aside"
     mv "$newest" "$aside"
   done
 }
 
-# One training an output folder: the lock is the folder's own, and the trainer inherits it, so that it holds as long as
-# the trainer lives, even without this script.
+# What a training began with is kept beside its output, not in it: LLaMA-Factory does not begin in a folder with files.
+start_of() { printf '%s/.%s.started_from\n' "$(dirname "$1")" "$(basename "$1")"; }
+
+# fingerprint MODEL: what tells it from another of its form, and from one that was made again in its place.
+fingerprint() {
+  [ -d "$1" ] || { printf '%s\n' "$1"; return; }   # a name on the hub
+  { cat "$1/config.json" "$1"/*_manifest.json "$1/trainer_state.json" 2>/dev/null || true; } | sha256sum | cut -c -16
+}
+
+# same_start DIR MODEL [ROWS]: ends the script if what was trained in DIR began with another model; says so if its rows
+# are others.
+same_start() {
+  local file was
+  file=$(start_of "$1")
+  [ -f "$file" ] || return 0
+  mapfile -t was <"$file"
+  if [ ! -e "$2" ] && [ "$(realpath -m -- "$2")" = "${was[0]}" ]; then return; fi   # removed since
+  [ "${was[1]}" = "$(fingerprint "$2")" ] || die "$1 was trained from ${was[0]}, and this is $2: another model, or one" \
+    "that was made again. Give another output folder; if it is the same all the same, remove $file."
+  [ $# -lt 3 ] || [ "${was[2]-}" = "$3" ] || say "$1 was trained on '${was[2]-}', and goes on with '$3'"
+}
+
+# note_start DIR MODEL ROWS: for same_start, where a training begins.
+note_start() {
+  local from=$2
+  [ "${NODE_RANK:-0}" = 0 ] || return 0
+  if [ -d "$from" ]; then from=$(realpath "$from"); fi
+  printf '%s\n' "$from" "$(fingerprint "$2")" "$3" >"$(start_of "$1")"
+}
+
+# One training an output folder. The lock is the folder's own; what `run` starts inherits it, but torchrun and its
+# workers do not, so `run` waits for those.
 lock() {
   [ "${NODE_RANK:-0}" = 0 ] || return 0
   mkdir -p "$1"
@@ -40,14 +72,18 @@ lock() {
 # Runs a command in a session of its own and hands on SIGTERM, SIGINT and SIGHUP to all of it: llamafactory-cli and
 # swift themselves would leave torchrun and its workers behind.
 run() {
-  local status=0
-  setsid "$@" &
-  local child=$!
+  local status=0 child=
   trap 'kill -TERM -- "-$child" 2>/dev/null || true' TERM INT HUP
+  setsid "$@" &
+  child=$!
   while :; do
     status=0
     wait "$child" || status=$?
     kill -0 "$child" 2>/dev/null || break   # a signal ends `wait` before the child has ended
+  done
+  for _ in {1..300}; do   # a launcher that was killed leaves torchrun, which first ends its workers: a minute at most
+    kill -0 -- "-$child" 2>/dev/null || break
+    sleep 0.2
   done
   trap - TERM INT HUP
   return "$status"

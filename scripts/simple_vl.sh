@@ -40,14 +40,24 @@ set -euo pipefail
 unset CDPATH
 root=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
 
-. "$root/scripts/launching.sh"   # say, die, has_model, has_adapter, set_aside_half_checkpoints, lock, run
+. "$root/scripts/launching.sh"   # say, die, has_model, has_adapter, is_whole, same_start, …, run
 
-case ${1:-} in -h | --help | "") sed -n '2,42s/^# \{0,1\}//p' "$0"; [ $# -gt 0 ]; exit ;; esac
+case ${1:-} in -h | --help | "") sed -n '2,44s/^# \{0,1\}//p' "$0"; [ $# -gt 0 ]; exit ;; esac
 step=$1
 shift
 case $step in
   graft | check | stage1 | stage2 | infer | deploy | evaluate) ;;
   *) die "unknown step $step; expected graft, check, stage1, stage2, infer, deploy or evaluate." ;;
+esac
+case $step in
+  check | stage1 | stage2)   # whose options are read here: in one spelling, as ms-swift takes them with dashes, too
+    options=()
+    for each; do
+      case $each in --config | --config=*) die "--config hides options from this script. Give them one by one." ;; esac
+      if [[ $each =~ ^--([A-Za-z0-9_-]+)(=.*)?$ ]]; then each=--${BASH_REMATCH[1]//-/_}${BASH_REMATCH[2]-}; fi
+      options+=("$each")
+    done
+    set -- "${options[@]+"${options[@]}"}" ;;
 esac
 check=${CHECK:-stop}
 case $check in stop | drop | no) ;; *) die "CHECK=$check is not stop, drop or no." ;; esac
@@ -87,7 +97,7 @@ last() {
   [ -d "$1" ] || return 0
   mapfile -t all < <(find "$1" -maxdepth 1 -name 'checkpoint-*' -type d | sort -V)
   for each in "${all[@]}"; do
-    if [ -s "$each/trainer_state.json" ] && { has_model "$each" || has_adapter "$each"; }; then found=$each; fi
+    if is_whole "$each" && { has_model "$each" || has_adapter "$each"; }; then found=$each; fi
   done
   printf '%s' "$found"
 }
@@ -96,15 +106,6 @@ last() {
 state() { sed -n "s/^  \"$1\": *\([0-9]*\).*/\1/p" "$2/trainer_state.json"; }
 finished() { [ "$(state global_step "$1")" -ge "$(state max_steps "$1")" ]; }
 progress() { echo "step $(state global_step "$1") of $(state max_steps "$1")"; }
-
-# same_start DIR MODEL: ends the script if what was trained in DIR began with another model (train writes it down).
-same_start() {
-  local was
-  [ -f "$1/started_from" ] || return 0
-  was=$(<"$1/started_from")
-  if [ ! -e "$was" ] || [ "$was" -ef "$2" ]; then return; fi   # it may have been moved since
-  die "$1 was trained from $was, and this is $2. Name another folder with OUTPUT=DIR, or the graft with GRAFT=FILE."
-}
 
 whole() {   # whole DIR: ends the script if it holds no model
   has_model "$1" && return
@@ -121,7 +122,7 @@ trained() {
   [ -n "$from" ] || die "there is no whole checkpoint in $output/stage2 or $output/stage1." \
     "Train first, or name one with MODEL=DIR."
   whole "$from"
-  if [ -s "$from/trainer_state.json" ]; then say "$step: $from ($(progress "$from"))"; else say "$step: $from"; fi
+  if is_whole "$from"; then say "$step: $from ($(progress "$from"))"; else say "$step: $from"; fi
 }
 
 # options_of MODEL: what every swift command needs to know of it.
@@ -150,7 +151,7 @@ train() {   # train STAGE MODEL FREEZE_VIT FREEZE_LLM [OPTION ...]
   local stage=$1 from=$2 vit=$3 llm=$4 sets into newest each named others=()
   shift 4
   [ -n "${DATASET:-}" ] || die "DATASET is not set: a JSONL file of rows with messages and images, or ms-swift's names."
-  read -ra sets <<<"$DATASET"
+  read -d '' -ra sets <<<"$DATASET" || true   # of several lines, too
   whole "$from"
   options_of "$from"
   into=$(option output_dir "$output/$stage" "$@")
@@ -167,7 +168,7 @@ train() {   # train STAGE MODEL FREEZE_VIT FREEZE_LLM [OPTION ...]
   fi
   if [ "$step" != check ]; then
     newest=$(last "$into")
-    [ -z "$newest" ] || same_start "$into" "$from"
+    [ -z "$newest" ] || same_start "$into" "$from" "${sets[*]}"
     if [ -n "$newest" ] && finished "$newest"; then
       say "$stage is finished: $newest (to train it again: OUTPUT=<another folder>)"
       return
@@ -181,8 +182,8 @@ train() {   # train STAGE MODEL FREEZE_VIT FREEZE_LLM [OPTION ...]
       # Transformers loads a resumed model by names of memory, which the stock architecture's checkpoints do not have: it
       # would go on with the weights that the stage began with.
       if [[ " ${common[*]} " == *" --model_type "* ]] && has_model "$newest"; then options+=(--model "$newest"); fi
-    elif [ -z "$newest" ] && [ "${NODE_RANK:-0}" = 0 ]; then
-      realpath "$from" >"$into/started_from"
+    elif [ -z "$newest" ]; then
+      note_start "$into" "$from" "${sets[*]}"
     fi
   fi
   if [ "$check" = no ]; then

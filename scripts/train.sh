@@ -86,9 +86,13 @@ made_by() {
 
 # train RECIPE NAME [STAGE]
 train() {
-  local recipe=$1 name=$2 model output
+  local recipe=$1 name=$2 model output rows
   model=$(value model_name_or_path "$recipe")
   output=$(value output_dir "$recipe")
+  rows=$(value dataset "$recipe")
+  if [ -f "$output/train_results.json" ] || [ -n "$(newest_checkpoint "$output")" ]; then
+    same_start "$output" "$model" "$rows"
+  fi
   if [ -f "$output/train_results.json" ] && { has_model "$output" || has_adapter "$output"; }; then
     say "$name is finished: $output (to train it again: output_dir=<another folder>)"
     return
@@ -102,6 +106,7 @@ train() {
   fi
   lock "$output"
   set_aside_half_checkpoints "$output"
+  [ -n "$(newest_checkpoint "$output")" ] || note_start "$output" "$model" "$rows"
   say "$name: $model -> $output"
   run llamafactory-cli train "$recipe" "${overrides[@]+"${overrides[@]}"}"
 }

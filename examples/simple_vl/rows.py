@@ -78,8 +78,11 @@ def key(args: ExportArguments, mode: str) -> str:
     }
     for name in [*args.dataset, *args.val_dataset]:
         path = Path(name.partition("#")[0])  # a number of rows may stand behind it
-        if path.is_file():
-            known[f"file {path}"] = [path.stat().st_size, path.stat().st_mtime_ns]
+        for file in [path, *path.rglob("*")] if path.is_dir() else [path]:
+            if file.is_file():
+                known[f"file {file}"] = [file.stat().st_size, file.stat().st_mtime_ns]
+    for name in args.custom_dataset_info or []:
+        known[f"sets of {name}"] = Path(name).read_text()
     for name in PROCESSOR:
         path = Path(args.model_dir) / name
         known[name] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
@@ -101,17 +104,22 @@ def listed(part: Dataset, numbers: list[int], column: str) -> str:
     return "".join(f"\n  - {line}" for line in lines)
 
 
-def readable(part: Dataset, drop: bool, into: Path, what: str) -> Dataset:
-    """Without the rows that cannot be read. Leaves with 2 if there are some that may not be dropped, or no others."""
+def readable(part: Dataset, what: str, stays: Path | None, lasts: Path) -> Dataset:
+    """Without the rows that cannot be read, which are written to the folder `stays`.
+
+    Leaves with 2 if there is none, or no others; they are written to `lasts` then.
+    """
     wrong = [number for number, problem in enumerate(part["problem"]) if problem]
     if wrong:
         say(f"{len(wrong)} of {len(part)} rows {what} cannot be read:{listed(part, wrong, 'problem')}")
-        report = into / f"unreadable_{what}.txt"
-        report.write_text("".join(f"{shown(part[number])}\t{part[number]['problem']}\n" for number in wrong))
-        if not drop or len(wrong) == len(part):
-            say(f"mend them (all are in {report})" + ("." if drop else ", or leave them out with CHECK=drop."))
+        fatal = stays is None or len(wrong) == len(part)
+        report = (lasts if fatal or stays is None else stays) / f"unreadable_{what}.txt"
+        report.parent.mkdir(exist_ok=True)
+        rows = ((shown(part[number]), " ".join(part[number]["problem"].split())) for number in wrong)
+        report.write_text("".join(f"{row}\t{problem}\n" for row, problem in rows))
+        if fatal:
+            say(f"mend them (all are in {report})" + (", or leave them out with CHECK=drop." if stays is None else "."))
             raise SystemExit(2)
-        say("they are left out")
     good = part if not wrong else part.select([number for number, problem in enumerate(part["problem"]) if not problem])
     return good.remove_columns("problem")
 
@@ -130,11 +138,12 @@ def tell(part: Dataset, what: str, longest: int) -> None:
 
 
 def main(folder: str, mode: str, *options: str) -> None:
-    into, drop = Path(folder), mode == "drop"
+    into = Path(folder)
     into.mkdir(parents=True, exist_ok=True)
     new = into / f"new-{os.uname().nodename}-{os.getpid()}"
-    # strict: a row without messages stops here; packing is the trainer's, and so are most of the options.
-    ours = ["--to_cached_dataset", "true", "--packing", "false", "--strict", str(not drop), "--output_dir", str(new)]
+    # strict: a row that cannot be loaded stops here, before it could be counted; packing is the trainer's, and so are
+    # most of the options.
+    ours = ["--to_cached_dataset", "true", "--packing", "false", "--strict", "true", "--output_dir", str(new)]
     datasets.logging.set_verbosity_error()  # of caches, which this does not use
     with contextlib.redirect_stdout(sys.stderr):
         args, _ = parse_args(ExportArguments, [*options, *ours])
@@ -142,12 +151,15 @@ def main(folder: str, mode: str, *options: str) -> None:
         if not place.exists():
             try:
                 for what, part in Rows(args).main().items():
-                    readable(part, drop, into, what).save_to_disk(str(new / what))
+                    readable(part, what, new if mode == "drop" else None, into).save_to_disk(str(new / what))
                 with contextlib.suppress(OSError):  # another node was first, with the same rows
                     new.rename(place)
             finally:
                 shutil.rmtree(new, ignore_errors=True)
-        for part in sorted(place.iterdir()):
+        for report in sorted(place.glob("*.txt")):
+            count = len(report.read_text().splitlines())
+            say(f"{count} rows that could not be read are left out ({report}); remove {place} to have them read again")
+        for part in sorted(path for path in place.iterdir() if path.is_dir()):
             tell(load_from_disk(str(part)), part.name, args.max_length)
     print(place.resolve())
 

@@ -222,12 +222,16 @@ def test_a_finished_run_of_another_graft_is_not_taken_for_one_s_own(noted, place
 def test_a_training_does_not_go_on_from_another_model(noted, place):
     for name in ("one-stage-merged", "stage2-merged"):
         model(noted / f"outputs/rad-dino-4b-{name}")
+        (noted / f"outputs/rad-dino-4b-{name}/trainer_state.json").write_text(name)  # what tells them apart
+    assert step(noted, place, "encoder").returncode == 0
     trained(noted / "outputs/rad-dino-4b-encoder/checkpoint-200", "outputs/rad-dino-4b-one-stage-merged")
-    (noted / "outputs/rad-dino-4b-encoder/checkpoint-200/trainer_state.json").write_text("{}")
+    (noted / "outputs/rad-dino-4b-encoder/checkpoint-200/trainer_state.json").write_text("{\n}")
+    (noted / "calls").unlink()
     other = "model_name_or_path=outputs/rad-dino-4b-stage2-merged"
     refused = step(noted, place, "encoder", other)
     assert refused.returncode == 2
-    assert "holds what was trained from 'outputs/rad-dino-4b-one-stage-merged'" in refused.stderr
+    assert "was trained from" in refused.stderr
+    assert "outputs/rad-dino-4b-one-stage-merged, and this is outputs/rad-dino-4b-stage2-merged" in refused.stderr
     assert calls(noted) == []
     assert step(noted, place, "encoder", other, "output_dir=outputs/again").returncode == 0  # the controls
     assert step(noted, place, "encoder").returncode == 0

@@ -23,7 +23,7 @@ from PIL import Image
 from clips import trim, write_clip
 from own_sets import make_pictures, row, turns, write_sets
 from qwen_merge import cli
-from qwen_merge.data import json_rows
+from qwen_merge.data import json_rows, own_import
 from qwen_merge.data.frames import FrameOptions, chosen
 from qwen_merge.data.manifest import Manifest, manifest_path
 from qwen_merge.data.own_rows import NO_IMPORT, expanded
@@ -558,6 +558,22 @@ def test_an_import_that_was_stopped_before_its_first_part_goes_on(folder, monkey
     assert run(folder, "mine", "--resume") == 0
     assert len(rows_of(folder, "mine")) == 4
     assert [path.name for path in (folder / "data").iterdir() if path.is_dir()] == ["mine"]
+
+
+def test_an_import_goes_on_with_its_own_pictures_from_another_folder(folder, monkeypatch):
+    """What was planned names its files whole: another folder may have others under the same names."""
+    write_sets(folder, {"mine": SOUND})
+    assert run(folder, "mine", "--output", folder / "reference") == 0
+    run_units, elsewhere = own_import.run_units, folder / "elsewhere"
+    monkeypatch.setattr(own_import, "run_units", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.chdir(folder)
+    assert run(Path(), "mine", "--output", folder / "out") == 130
+    monkeypatch.setattr(own_import, "run_units", run_units)
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    make_pictures(elsewhere / "pictures", ["c.png", "b.png", "a.png"])
+    assert run(Path(".."), "mine", "--output", folder / "out", "--resume") == 0
+    assert set_of(folder / "out", "mine") == set_of(folder / "reference", "mine")
 
 
 # Each answer a row of its own

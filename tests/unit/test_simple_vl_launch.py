@@ -136,11 +136,31 @@ def test_what_began_with_another_model_is_not_gone_on_with(checkout, output):
     assert started(checkout, "stage1", MODEL="Simple-VL-8B-stock-base")["--model"] == "Simple-VL-8B-stock-base"
     checkpoint(output / "stage1", 30)
     said = refused(checkout, "stage1")
-    assert f"was trained from {checkout}/Simple-VL-8B-stock-base, and this is Simple-VL-8B-base" in said
+    assert f"was trained from {checkout}/Simple-VL-8B-stock-base, and this is Simple-VL-8B-base: another" in said
     assert "Simple-VL-8B-stock-base" in refused(checkout, "stage2")
     assert launch(checkout, "stage1", MODEL="Simple-VL-8B-stock-base").returncode == 0  # the control: finished
     shutil.move(checkout / "Simple-VL-8B-stock-base", checkout / "moved")
     assert launch(checkout, "stage1", MODEL="moved").returncode == 0
+    (checkout / "moved/merge_manifest.json").write_text("another vision encoder")  # made again in its place
+    assert "or one that was made again" in refused(checkout, "stage1", MODEL="moved")
+
+
+def test_other_rows_and_torn_checkpoints_are_noticed(checkout, output):
+    assert started(checkout, "stage1", DATASET="one.jsonl\ntwo.jsonl")["--output_dir"].endswith("stage1")
+    checkpoint(output / "stage1", 10)
+    torn = checkpoint(output / "stage1", 20) / "trainer_state.json"
+    torn.write_text(torn.read_text()[:-9])
+    done = launch(checkout, "stage1", DATASET="two.jsonl")
+    assert "was trained on 'one.jsonl two.jsonl', and goes on with 'two.jsonl'" in done.stderr
+    assert "checkpoint-20 was cut short" in done.stderr
+    assert called(checkout)["--resume_from_checkpoint"].endswith("checkpoint-10")
+
+
+def test_options_with_dashes_are_options(checkout):
+    assert started(checkout, "stage1", "--output-dir", "mine")["--output_dir"] == "mine"
+    checkpoint(checkout / "mine", 10)
+    assert started(checkout, "stage1", "--output-dir=mine")["--resume_from_checkpoint"] == "mine/checkpoint-10"
+    assert "--config hides options" in refused(checkout, "stage1", "--config", "x.yaml")
 
 
 def test_a_stage_goes_on_from_its_newest_whole_checkpoint(checkout, output):

@@ -164,7 +164,7 @@ def test_a_checkpoint_cut_short_is_moved_aside_and_kept(checkout, rank):
     run = checkout / "outputs/Qwen-Merge-VL-4B-stage1"
     for step in (200, 800, 1000, 1200):
         model(run / f"checkpoint-{step}")
-    (run / "checkpoint-800/trainer_state.json").write_text("{}")
+    (run / "checkpoint-800/trainer_state.json").write_text("{\n}\n")  # as json.dumps with an indent
     done = train(checkout, "4B", "1", NODE_RANK=rank)
     assert done.returncode == 0, done.stderr
     left = sorted(path.name for path in run.glob("*checkpoint-*"))

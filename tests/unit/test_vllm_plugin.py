@@ -98,6 +98,9 @@ CONFIG = SimpleNamespace(image_token_id=5, video_token_id=6, vision_start_token_
         ([1, 5, 5], {"image": ["a", "b"]}),
         ([5, 6], {"image": "a", "video": ["b"]}),
         ([7, 5, 8], {"image": ["a"]}),
+        ([6], {"video": ("frames", {"fps": 2})}),  # vLLM 0.12: one video, and what is known of it
+        ([6, 6], {"video": [("frames", {"fps": 2}), ("frames", None)]}),
+        ([6, 6], {"video": ("frames", "frames")}),
     ],
 )
 def test_prompts_with_a_placeholder_a_picture_pass(token_ids, media):

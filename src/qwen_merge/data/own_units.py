@@ -51,7 +51,7 @@ def plan(entry: OwnSet, sound: int, seed: int, turns: str, shard_bytes: int, spa
             if len(rows) >= UNIT_ROWS or (rows and size + more > shard_bytes):
                 _save(space.folder, units, rows)
                 rows, units, size = [], units + 1, 0
-            rows.append(json.dumps([place, row.messages, [(tag, str(path)) for tag, path in row.files]]))
+            rows.append(json.dumps([place, row.messages, [(tag, str(path.absolute())) for tag, path in row.files]]))
             size += more
             silent += row.answers - 1 if turns == own_rows.WHOLE else 0
     if rows:

@@ -110,8 +110,7 @@ def check_tokens(config, prompt: Mapping) -> None:
     """
     ids, media = prompt["prompt_token_ids"], prompt.get("multi_modal_data") or {}
     for modality, token in (("image", config.image_token_id), ("video", config.video_token_id)):
-        items = media.get(modality)
-        wanted = 0 if items is None else len(items) if isinstance(items, (list, tuple)) else 1
+        wanted = len(_items(media.get(modality)))
         if ids.count(token) != wanted:
             raise ValueError(
                 f"the prompt has {ids.count(token)} {modality} placeholder(s) for {wanted} {modality}(s). Leave "
@@ -188,12 +187,17 @@ def _is_number(value, kinds) -> bool:
 
 def _frames(prompt: Mapping) -> list[int]:
     """How many frames each video of a tokens prompt has."""
-    videos = (prompt.get("multi_modal_data") or {}).get("video")
-    if videos is None:
+    videos = _items((prompt.get("multi_modal_data") or {}).get("video"))
+    return [len(video[0] if isinstance(video, tuple) else video) for video in videos]
+
+
+def _items(media) -> list:
+    """The pictures or videos of a prompt, one or several. For vLLM 0.12 (frames, facts about them) is one video."""
+    if media is None:
         return []
-    # vLLM 0.12 hands each on with what it knows of it: (frames, mapping).
-    several = isinstance(videos, list) or (isinstance(videos, tuple) and not isinstance(videos[-1], Mapping))
-    return [len(video[0] if isinstance(video, tuple) else video) for video in (videos if several else [videos])]
+    if isinstance(media, tuple) and len(media) == 2 and (media[1] is None or isinstance(media[1], Mapping)):
+        return [media]
+    return list(media) if isinstance(media, (list, tuple)) else [media]
 
 
 def _longest_videos(config) -> float:

@@ -23,12 +23,19 @@ def language_model(vllm_config: VllmConfig, prefix: str) -> nn.Module:
     return Qwen3LLMForCausalLM(vllm_config=vllm_config, prefix=prefix)
 
 
-class Levels:
-    """The levels of the tokens of one step, zero where a text is. Their memory stays where CUDA graphs read it."""
+class Levels(nn.Module):
+    """The levels of the tokens of one step, zero where a text is.
+
+    A buffer: its memory stays where CUDA graphs read it, and an engine that sleeps keeps what is in it.
+    """
+
+    values: Tensor
 
     def __init__(self, vllm_config: VllmConfig, count: int, width: int):
+        super().__init__()
         self.width = width
-        self.values = torch.zeros(count, vllm_config.scheduler_config.max_num_batched_tokens, width)
+        values = torch.zeros(count, vllm_config.scheduler_config.max_num_batched_tokens, width)
+        self.register_buffer("values", values, persistent=False)
 
     def keep(self, pictures: Sequence[Tensor], places: Tensor) -> list[Tensor]:
         """What stands in the prompt, (tokens, width) for each picture.
