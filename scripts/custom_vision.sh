@@ -171,5 +171,9 @@ case $step in
   *)
     named
     recipe_values
+    if [[ $step == one_stage || $step == stage1 ]] && [[ " $* " != *" model_name_or_path="* ]] && ! has_model "$made"; then
+      die "there is no model in $made, which $graft makes: scripts/custom_vision.sh graft${GRAFT:+ (GRAFT=$GRAFT)}." \
+        "If you made another graft, name it: GRAFT=FILE."
+    fi
     exec scripts/train.sh "$recipe" "${values[@]}" "$@" ;;
 esac

@@ -60,13 +60,24 @@ note_start() {
   printf '%s\n' "$from" "$(fingerprint "$2")" "$3" >"$(start_of "$1")"
 }
 
+# holders DIR: the processes that have its lock, which the script that took it may have left behind.
+holders() {
+  local each found=()
+  for each in /proc/[0-9]*; do
+    if [ "$each/fd/8" -ef "$1" ] && [ "${each##*/}" != "$BASHPID" ] && [ "${each##*/}" != "$$" ]; then
+      found+=("${each##*/}")
+    fi
+  done
+  printf '%s\n' "${found[*]:-unknown}"
+}
+
 # One training an output folder. The lock is the folder's own; what `run` starts inherits it, but torchrun and its
 # workers do not, so `run` waits for those.
 lock() {
   [ "${NODE_RANK:-0}" = 0 ] || return 0
   mkdir -p "$1"
   exec 8<"$1"
-  flock -n 8 || die "another training writes to $1. Wait for it, or stop it."
+  flock -n 8 || die "another training writes to $1 (process $(holders "$1")). Wait for it, or stop it."
 }
 
 # Runs a command in a session of its own and hands on SIGTERM, SIGINT and SIGHUP to all of it: llamafactory-cli and

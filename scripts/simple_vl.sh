@@ -34,7 +34,7 @@
 #                       vLLM that uses it, else pt; the second stack's lock has vLLM for CPUs)
 #
 # After a kill, launch the same command again: a stage goes on from its newest whole checkpoint, and a finished stage is
-# left alone. Without a GPU deepspeed is left out, and without flash-attn it is sdpa. A checkpoint of the stock
+# left alone. Without a GPU it is float32 without deepspeed, and without flash-attn it is sdpa. A checkpoint of the stock
 # architecture is trained with the kit's template, too, which takes the picture tokens from the checkpoint and counts them.
 set -euo pipefail
 unset CDPATH
@@ -111,7 +111,8 @@ whole() {   # whole DIR: ends the script if it holds no model
   has_model "$1" && return
   ! has_adapter "$1" || die "$1 holds an adapter alone. Merge it (swift export --adapters $1 --merge_lora true" \
     "--custom_register_path examples/simple_vl/register.py), and name the result with MODEL=DIR."
-  die "there is no checkpoint in $1. Run the step before, or name one with MODEL=DIR."
+  die "there is no checkpoint in $1. Run the step before, or name one with MODEL=DIR." \
+    "The graft is ${GRAFT:+GRAFT=}$graft${GRAFT:-, because GRAFT is not set}."
 }
 
 # trained: sets `from` for infer and deploy, and says which it is.
@@ -152,11 +153,18 @@ train() {   # train STAGE MODEL FREEZE_VIT FREEZE_LLM [OPTION ...]
   shift 4
   [ -n "${DATASET:-}" ] || die "DATASET is not set: a JSONL file of rows with messages and images, or ms-swift's names."
   read -d '' -ra sets <<<"$DATASET" || true   # of several lines, too
+  for each in "${sets[@]}"; do   # what is no file would be looked for on the hub
+    case ${each%%#*} in
+      /* | ./* | ../* | *.jsonl | *.json | *.csv | *.parquet | *.txt) [ -e "${each%%#*}" ] || die "DATASET: there is no $each." ;;
+    esac
+  done
   whole "$from"
   options_of "$from"
   into=$(option output_dir "$output/$stage" "$@")
+  local dtype=bfloat16
+  [ "$gpus" -gt 0 ] || dtype=float32   # the trainer has bfloat16 on GPUs alone
   local data=(--dataset "${sets[@]}" --max_length 8192 --dataset_num_proc 8)
-  local options=(--train_type full --torch_dtype bfloat16 --attn_impl sdpa
+  local options=(--train_type full --torch_dtype "$dtype" --attn_impl sdpa
     --freeze_vit "$vit" --freeze_llm "$llm" --freeze_aligner false
     --num_train_epochs 3 --per_device_train_batch_size 2 --gradient_accumulation_steps 8 --learning_rate 5e-6
     --warmup_ratio 0.05 --save_steps 1000 --save_total_limit 10 --logging_steps 5

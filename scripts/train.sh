@@ -62,7 +62,8 @@ export PATH="$PWD/.venv/bin:$PATH"                       # llamafactory-cli star
 export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
 export FORCE_TORCHRUN=1                                  # DeepSpeed needs torchrun with a single GPU, too
 if [ -z "${NPROC_PER_NODE:-}" ] && ! nvidia-smi -L >/dev/null 2>&1; then
-  say "no NVIDIA GPU seen: starting one process; a CPU also needs use_cpu=true bf16=false deepspeed=null"
+  [[ " ${overrides[*]+"${overrides[*]}"} " == *" use_cpu=true "* ]] || die "no NVIDIA GPU is seen. A CPU needs use_cpu=true" \
+    "bf16=false deepspeed=null; for other accelerators set NPROC_PER_NODE."
   export NPROC_PER_NODE=1
 fi
 

@@ -44,6 +44,11 @@ class Read(AddLengthPreprocessor):
     """A row with its number of tokens, or with what is wrong with it."""
 
     def preprocess(self, row: dict[str, Any]) -> dict[str, Any]:
+        text = "".join(message["content"] for message in row["messages"] if isinstance(message["content"], str))
+        for tag, name in (("<image>", "images"), ("<video>", "videos")):
+            tags, files = text.count(tag), len(row.get(name) or [])
+            if tags > files:  # ms-swift would train on the tag as on any word; for fewer tags it puts some in front
+                return {**row, "length": 0, "problem": f"{tags} {tag} for {files} {name}"}
         try:
             return {**super().preprocess(row), "problem": ""}
         except Exception as error:  # whatever a row can do to the template
@@ -61,9 +66,27 @@ class Rows(ExportCachedDataset):
         except Exception as error:
             say(f"the rows cannot be loaded: {type(error).__name__}: {error}")
             raise SystemExit(2) from error
+        tell_lost([*self.args.dataset, *self.args.val_dataset], sum(len(part) for part in parts.values() if part))
         read = Read(template=self.template)
         settings = {"num_proc": self.args.dataset_num_proc, "strict": self.args.strict, "batch_size": 100}
         return {name: read(part, **settings) for name, part in parts.items() if part is not None}
+
+
+def tell_lost(names: list[str], loaded: int) -> None:
+    """Leaves with 2 if files have more rows than were loaded: ms-swift passes over what it sees no messages in."""
+    files = [Path(name) for name in names]
+    if not all(file.suffix == ".jsonl" and file.is_file() for file in files):
+        return  # shares of sets, and sets that ms-swift fetches: it alone knows how many rows they have
+    rows, strange = 0, []
+    for file in files:
+        for number, line in enumerate(file.read_text().splitlines(), 1):
+            rows += bool(line.strip())
+            if line.strip() and "messages" not in json.loads(line):
+                strange.append(f"\n  - {file} line {number} has {', '.join(json.loads(line))}")
+    if rows > loaded:
+        say(f"{rows - loaded} of {rows} rows were not loaded: no messages in them{''.join(strange[:SHOWN])}")
+        say("give each row `messages`, or take it out.")
+        raise SystemExit(2)
 
 
 def key(args: ExportArguments, mode: str) -> str:
@@ -111,7 +134,7 @@ def readable(part: Dataset, what: str, stays: Path | None, lasts: Path) -> Datas
     """
     wrong = [number for number, problem in enumerate(part["problem"]) if problem]
     if wrong:
-        say(f"{len(wrong)} of {len(part)} rows {what} cannot be read:{listed(part, wrong, 'problem')}")
+        say(f"{what}: {len(wrong)} of {len(part)} rows cannot be read:{listed(part, wrong, 'problem')}")
         fatal = stays is None or len(wrong) == len(part)
         report = (lasts if fatal or stays is None else stays) / f"unreadable_{what}.txt"
         report.parent.mkdir(exist_ok=True)
@@ -129,7 +152,7 @@ def tell(part: Dataset, what: str, longest: int) -> None:
     lengths = part["length"]
     long = [number for number, length in enumerate(lengths) if length > longest]
     most = f"--max_length {longest} (the longest: {max(lengths)} tokens)"
-    say(f"{len(lengths)} rows {what}; {len(long)} longer than {most}")
+    say(f"{what}: {len(lengths)} rows were read; {len(long)} are longer than {most}; {len(lengths) - len(long)} remain")
     if long:
         say(f"these are left out:{listed(part, long, 'length')}")
     if len(long) == len(lengths):

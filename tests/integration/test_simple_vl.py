@@ -102,6 +102,7 @@ def folder(tmp_path_factory) -> Path:
     wrong = {
         "no picture": {**rows[0], "images": [str(folder / "none.png")]},
         "a placeholder": {**rows[0], "messages": [{"role": "user", "content": "<image><|image_pad|>"}, messages[1]]},
+        "no picture for a tag": {**rows[0], "images": []},
         "too long": {**rows[0], "messages": [{"role": "user", "content": "<image>" + "word " * 9000}, messages[1]]},
     }
     write(folder / "mixed.jsonl", [*wrong.values(), *rows])
@@ -190,15 +191,23 @@ def named(printed: str) -> str:
 
 
 def test_rows_that_cannot_be_used_are_named_before_the_first_step(folder, stage1, environment, tmp_path):
-    """Stage 1 had left them out: its four steps are eight rows of eleven."""
+    """Stage 1 had left them out: its four steps are eight rows of twelve."""
     said = named((folder / "stage1.log").read_text())
-    assert "rows: 2 of 11 rows train cannot be read" in said
+    assert "rows: train: 3 of 12 rows cannot be read" in said
+    assert "1 <image> for 0 images" in said
     assert "none.png (not there)" in said
     assert "the text has 5 placeholders for images" in said
-    assert "rows: 9 rows train; 1 longer than --max_length 8192" in said
+    assert "rows: train: 9 rows were read; 1 are longer than --max_length 8192" in said
+    assert "3 rows that could not be read are left out" in said
     stopped = script("stage1", *TINY, *STEPS, code=2, **{**environment, "CHECK": "stop", "OUTPUT": str(tmp_path)})
     assert "none.png (not there)" in named(stopped)
     assert "leave them out with CHECK=drop" in named(stopped)
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    write(tmp_path / "lost.jsonl", [*rows, {"mesages": rows[0]["messages"]}])
+    lost = {**environment, "DATASET": str(tmp_path / "lost.jsonl"), "OUTPUT": str(tmp_path)}
+    said = named(script("check", *TINY, code=2, **lost))
+    assert f"1 of {len(rows) + 1} rows were not loaded" in said
+    assert f"lost.jsonl line {len(rows) + 1} has mesages" in said
     assert not list(tmp_path.glob("stage1/checkpoint-*"))
 
 

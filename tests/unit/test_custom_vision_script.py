@@ -43,7 +43,7 @@ def step(checkout: Path, place: Path, *arguments: str, **variables: str) -> subp
     kept = {name: value for name, value in os.environ.items() if name not in ("DATASET", "SETS", "GRAFT")}
     return subprocess.run(
         [checkout / "scripts/custom_vision.sh", *arguments],
-        env={**kept, "PYTHONPATH": str(checkout / "src"), **variables},
+        env={**kept, "PYTHONPATH": str(checkout / "src"), "NPROC_PER_NODE": "1", **variables},
         cwd=place,
         stdin=subprocess.DEVNULL,
         capture_output=True,

@@ -42,6 +42,8 @@ def checkout(tmp_path) -> Path:
     tool(folder / ".venv-current/bin/swift", NOTES)
     tool(folder / ".venv-current/bin/nvidia-smi", "#!/bin/sh\nexit 9\n")
     (folder / "examples/simple_vl/rows.py").write_text(ROWS.format(0))
+    for name in ("rows", "one", "two"):
+        (folder / f"{name}.jsonl").touch()
     model(folder / "Simple-VL-8B-base")
     model(folder / "Simple-VL-8B-stock-base", architecture="Qwen2_5_VLForConditionalGeneration")
     return folder
@@ -160,6 +162,9 @@ def test_options_with_dashes_are_options(checkout):
     assert started(checkout, "stage1", "--output-dir", "mine")["--output_dir"] == "mine"
     checkpoint(checkout / "mine", 10)
     assert started(checkout, "stage1", "--output-dir=mine")["--resume_from_checkpoint"] == "mine/checkpoint-10"
+    assert "DATASET: there is no mine/rowz.jsonl" in refused(
+        checkout, "stage1", DATASET="rows.jsonl mine/rowz.jsonl#10"
+    )
     assert "--config hides options" in refused(checkout, "stage1", "--config", "x.yaml")
 
 

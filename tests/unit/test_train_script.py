@@ -242,3 +242,12 @@ def test_a_recipe_that_cannot_start(checkout, arguments, message):
     assert done.returncode == 2
     assert message in done.stderr
     assert calls(checkout) == []
+
+
+def test_without_a_gpu_what_a_cpu_needs_is_said_before_it_starts(checkout):
+    model(checkout / "Qwen-Merge-VL-4B-base")
+    done = train(checkout, "4B", "1", NPROC_PER_NODE="", PATH="/usr/bin:/bin")
+    assert done.returncode == 2
+    assert "A CPU needs use_cpu=true bf16=false deepspeed=null" in done.stderr
+    assert calls(checkout) == []
+    assert train(checkout, "4B", "1", "use_cpu=true", NPROC_PER_NODE="", PATH="/usr/bin:/bin").returncode == 0

@@ -19,7 +19,7 @@ import io
 import warnings
 from dataclasses import dataclass
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from qwen_merge.data.sets import OPENABLE_PIXELS
 
@@ -67,6 +67,10 @@ def check(data: bytes | None, max_pixels: int = OPENABLE_PIXELS) -> Picture:
         raise
     except Image.DecompressionBombError:  # raised from the header; only above OPENABLE_PIXELS
         raise PictureError(_too_large(max_pixels), "more than PIL opens") from None
+    except UnidentifiedImageError:  # whose own message has an address in memory
+        raise PictureError(
+            "picture does not decode", f"no picture: {len(data)} bytes that begin {data[:12]!r}"
+        ) from None
     except (
         Exception
     ) as error:  # PIL's decoders raise nearly anything on bad bytes, and bad bytes are what is looked for
