@@ -27,7 +27,7 @@ def add_parsers(subparsers) -> None:
     parser.add_argument("--no-think", action="store_true", help="ask for an answer without a thought")
     parser.add_argument("--hide-thoughts", action="store_true", help="print the answer alone")
     parser.add_argument("--thinking-budget", type=int, metavar="N", help="end the thought after N tokens (server only)")
-    parser.add_argument("--max-tokens", type=int, default=8192)
+    parser.add_argument("--max-tokens", "--max-new-tokens", type=int, default=8192)
     parser.add_argument("--temperature", type=float, default=0.6, help="0 is greedy (default: 0.6)")
     parser.add_argument("--top-p", type=float, default=0.95)
     parser.add_argument("--top-k", type=int, default=20)
