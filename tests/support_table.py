@@ -44,6 +44,7 @@ Parts = tuple[str, str, str]  # tower, projector, LLM
 # Words of a reason that name one pair, and what is true of all of them.
 GENERAL = {
     r"and \w+ has none": "and this tower has none",
+    r"^ValidationError: .* Value error, (.*?) \[type=.*$": r"\1",
     r"gives \d+ values a token, and the LLM's are \d+ wide": "is not as wide as these LLMs",
 }
 
@@ -174,7 +175,7 @@ class Table:
         for parts, checkpoint in drawn.items():
             answer = answers["-".join(parts)]
             if isinstance(answer, dict):
-                self.write(parts, serves=answer["error"].splitlines()[0][:200])
+                self.write(parts, serves=" ".join(answer["error"].split())[:300])
                 continue
             self.write(parts, serves=_reason(partial(self._compare, checkpoint, answer[0])))
 
