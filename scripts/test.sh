@@ -4,7 +4,7 @@
 #   ./scripts/test.sh                      everything that needs no GPU (about 40 minutes on 2 cores)
 #   ./scripts/test.sh -m 'not slow'        without the tests that start real trainers
 #   ./scripts/test.sh tests/unit -k merger any other arguments of pytest
-#   ./scripts/test.sh --stack current …    what runs on the second stack, .venv-current (about 9 minutes; tests/stacks.py)
+#   ./scripts/test.sh --stack current …    what runs on the second stack, .venv-current (about 20 minutes; tests/stacks.py)
 set -euo pipefail
 unset CDPATH
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
