@@ -442,17 +442,26 @@ def started(pair, big_llm, *more: str) -> subprocess.Popen:
     return process
 
 
+def sizes(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in folder.iterdir()}
+
+
 def test_sigkill_at_any_point_leaves_no_half_checkpoint(pair, big_llm):
     chance = random.Random(0)
     place, killed = pair / "place", 0
+    assert started(pair, big_llm, "--max-shard-size", "20MB").wait() == 0
+    whole = sizes(place / "out")
+    shutil.rmtree(place / "out")
     for _ in range(8):
         process = started(pair, big_llm, "--max-shard-size", "20MB")
         time.sleep(chance.random() * 0.3)
         process.kill()
-        killed += process.wait() == -signal.SIGKILL
-        if process.returncode == 0:  # it was quicker
+        process.wait()
+        if (place / "out").exists():  # it was quicker, be it by the moment before its exit
+            assert sizes(place / "out") == whole
             shutil.rmtree(place / "out")
-        assert not (place / "out").exists()
+        else:
+            killed += process.returncode == -signal.SIGKILL
         assert all(path.name.startswith(".out.merging-") for path in place.iterdir())
     assert killed >= 4
     (place / ".other.merging-1-00").mkdir()  # another output's is none of our business
