@@ -61,11 +61,8 @@ fi
 export PATH="$PWD/.venv/bin:$PATH"                       # llamafactory-cli starts torchrun by name
 export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
 export FORCE_TORCHRUN=1                                  # DeepSpeed needs torchrun with a single GPU, too
-if [ -z "${NPROC_PER_NODE:-}" ] && ! nvidia-smi -L >/dev/null 2>&1; then
-  [[ " ${overrides[*]+"${overrides[*]}"} " == *" use_cpu=true "* ]] || die "no NVIDIA GPU is seen. A CPU needs use_cpu=true" \
-    "bf16=false deepspeed=null; for other accelerators set NPROC_PER_NODE."
-  export NPROC_PER_NODE=1
-fi
+on_cpu=
+if [ -z "${NPROC_PER_NODE:-}" ] && ! nvidia-smi -L >/dev/null 2>&1; then on_cpu=1 NPROC_PER_NODE=1; export NPROC_PER_NODE; fi
 
 # value KEY RECIPE: what the run will use; the last key=value wins over the recipe.
 value() {
@@ -104,6 +101,10 @@ train() {
     if [[ $model != */* || $model == outputs/* || $model == [./]* || -e $model ]]; then
       die "$name starts from '$model', which holds no model. The recipe's first lines say what makes it."
     fi
+  fi
+  if [ -n "$on_cpu" ] && [ "$(value use_cpu "$recipe")" != true ]; then
+    die "no NVIDIA GPU is seen. A CPU needs use_cpu=true bf16=false deepspeed=null; for other accelerators set" \
+      "NPROC_PER_NODE."
   fi
   lock "$output"
   set_aside_half_checkpoints "$output"

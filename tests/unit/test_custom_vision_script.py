@@ -7,7 +7,6 @@ What its steps do is in tests/integration/test_custom_vision.py.
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from checkouts import copied_checkout
 from own_sets import row, turns, write_sets
 from worker_processes import until
 
@@ -23,13 +23,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def checkout(tmp_path) -> Path:
-    """The repository's shape with this environment in it."""
-    folder = tmp_path / "checkout"
-    for name in ("examples", "scripts"):
-        shutil.copytree(REPOSITORY / name, folder / name)
-    (folder / "src").symlink_to(REPOSITORY / "src")
-    (folder / ".venv").symlink_to(sys.prefix)
-    return folder
+    return copied_checkout(tmp_path / "checkout")
 
 
 @pytest.fixture

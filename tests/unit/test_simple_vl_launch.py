@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from checkouts import copied_checkout
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 NOTES = """#!/usr/bin/env bash
 printf "%s\\n" "$@" > "$CALLS"
@@ -34,11 +36,7 @@ def tool(file: Path, text: str) -> None:
 
 @pytest.fixture
 def checkout(tmp_path) -> Path:
-    folder = tmp_path / "checkout"
-    for name in ("examples", "scripts"):
-        shutil.copytree(REPOSITORY / name, folder / name)
-    (folder / "src").symlink_to(REPOSITORY / "src")
-    (folder / ".venv").symlink_to(sys.prefix)
+    folder = copied_checkout(tmp_path / "checkout")
     tool(folder / ".venv-current/bin/swift", NOTES)
     tool(folder / ".venv-current/bin/nvidia-smi", "#!/bin/sh\nexit 9\n")
     (folder / "examples/simple_vl/rows.py").write_text(ROWS.format(0))

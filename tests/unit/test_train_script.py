@@ -251,3 +251,6 @@ def test_without_a_gpu_what_a_cpu_needs_is_said_before_it_starts(checkout):
     assert "A CPU needs use_cpu=true bf16=false deepspeed=null" in done.stderr
     assert calls(checkout) == []
     assert train(checkout, "4B", "1", "use_cpu=true", NPROC_PER_NODE="", PATH="/usr/bin:/bin").returncode == 0
+    own = checkout / "own.yaml"  # a recipe that says so itself
+    own.write_text((checkout / RECIPE.format("4B", "1")).read_text().replace("stage1", "own") + "use_cpu: true\n")
+    assert train(checkout, "own.yaml", NPROC_PER_NODE="", PATH="/usr/bin:/bin").returncode == 0
